@@ -1,0 +1,402 @@
+"""The run's configuration: one YAML file, dotted overrides, everything checked before any work.
+
+`load_config` reads the file, applies ``key=value`` overrides through OmegaConf and validates the
+result against the pydantic tree below. Every failure is a `ConfigError` of one sentence that names
+the value, what was expected and the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that can't run; the message is complete and meant for the user."""
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelConfig(Section):
+    """A Qwen3- or Qwen2-shaped decoder; the vocabulary comes from the tokenizer."""
+
+    hidden_size: PositiveInt = 128
+    ffn_hidden_size: PositiveInt = 384
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    head_dim: PositiveInt = 32
+    qk_norm: bool = True  # Qwen3
+    qkv_bias: bool = False  # Qwen2 and Qwen2.5
+    tie_embeddings: bool = True
+    rope_base: PositiveFloat = 1_000_000.0
+    norm_eps: PositiveFloat = 1e-6
+    init_std: PositiveFloat = 0.02
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    recompute: Literal["none", "full"] = "none"
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt | None = None  # model chunks per pipeline stage
+    sequence: bool = False
+    data: PositiveInt | None = None  # None: 1, or what torchrun or srun started
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the policy."""
+        return self.tensor * self.pipeline
+
+
+class TokenizerConfig(Section):
+    path: Path | None = None  # a SentencePiece model; None trains one from the task's own text
+    vocab_size: PositiveInt = 320  # of a tokenizer that is trained here
+
+
+class DataConfig(Section):
+    task: Literal["arithmetic"] = "arithmetic"
+    train_problems: PositiveInt = 20_000
+    validation_problems: PositiveInt = 128
+    train_file: Path | None = None  # JSONL with `question` and `answer`, instead of the generator
+    validation_file: Path | None = None
+    seed: int = 0
+
+
+class RolloutConfig(Section):
+    prompts_per_step: PositiveInt = 16
+    samples_per_prompt: PositiveInt = 8
+    temperature: PositiveFloat = 1.0
+    top_k: NonNegativeInt = 0  # 0: off
+    top_p: Fraction = 1.0
+    max_prompt_tokens: PositiveInt = 96
+    max_new_tokens: PositiveInt = 48
+    batch_size: PositiveInt = 128  # sequences that decode at the same time on one replica
+
+
+class RewardConfig(Section):
+    function: str = "gsm8k"  # or "package.module:function" of (prompt, completion, reference)
+
+
+class AdvantageConfig(Section):
+    normalize_std: bool = False  # divide by the group's standard deviation
+
+
+class LossConfig(Section):
+    """`importance`: weight tokens by the unclipped ratio to the rollout policy (not for grpo).
+
+    "auto" does so when a rollout batch is split into several minibatches; the first update of a
+    batch is on-policy and needs none.
+    """
+
+    importance: Literal["auto", "on", "off"] = "auto"
+    clip_low: NonNegativeFloat = 0.2  # grpo: ratio >= 1 - clip_low
+    clip_high: NonNegativeFloat = 0.2  # grpo: ratio <= 1 + clip_high
+
+
+class ProjectionConfig(Section):
+    """The projected accumulation; `rule: none` is Megatron's own accumulation, untouched."""
+
+    rule: Literal["exact", "iterative", "ridge", "none"] = "exact"
+    bound: NonNegativeFloat | None = 0.5  # removed part at most bound * |P|; null: unbounded
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 1.0
+    parameters: Literal["all", "linear"] = "all"
+    unit: Literal["huggingface", "megatron"] = "huggingface"
+    data_parallel: Literal["replica"] = "replica"
+    workspace_mb: PositiveInt = 512  # for materialized sequence gradients of one layer
+
+
+class BatchingConfig(Section):
+    tokens_per_microbatch: PositiveInt = 1024
+    minibatches: PositiveInt = 1  # optimizer steps per rollout batch
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-3
+    min_lr: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0  # 0: off
+    distributed: bool = False  # shard optimizer state over data-parallel ranks
+
+
+class WarmStartConfig(Section):
+    """Supervised steps on worked answers before RL; 0 steps start RL from the initial weights."""
+
+    steps: NonNegativeInt = 0
+    sequences_per_step: PositiveInt = 64
+    lr: PositiveFloat = 2e-3
+    warmup_steps: NonNegativeInt = 10
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+
+
+class TrainerConfig(Section):
+    steps: PositiveInt = 50
+    validate_every: NonNegativeInt = 20  # greedy accuracy; 0: only before and after
+    kl_every: NonNegativeInt = 10  # KL to the policy that RL started from; 0: only at the end
+    save_every: NonNegativeInt = 0  # 0: only after the last step
+    log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
+    timeout_minutes: PositiveFloat = 10.0  # of one collective
+    threads: PositiveInt = 1  # CPU threads per process, where there is no GPU
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    root: Path = Path("runs")
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    algorithm: Literal["proma", "reinforce", "grpo"] = "proma"
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    projection: ProjectionConfig = ProjectionConfig()
+    batching: BatchingConfig = BatchingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def projects(self) -> bool:
+        """Whether weight gradients go through the projected accumulator."""
+        return (
+            self.algorithm == "proma"
+            and self.projection.rule != "none"
+            and self.projection.shrinkage > 0
+            and self.projection.bound != 0
+        )
+
+    @property
+    def max_sequence_length(self) -> int:
+        return self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @model_validator(mode="after")
+    def _check_together(self) -> RunConfig:
+        for problem in _layout_problems(self.model, self.parallel):
+            raise ValueError(problem)
+        for problem in _run_problems(self):
+            raise ValueError(problem)
+        return self
+
+
+def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What keeps this model from being cut into this layout."""
+    tp, pp, vpp = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
+    if model.heads % tp:
+        yield (
+            f"model.heads is {model.heads}, which parallel.tensor={tp} does not divide; "
+            f"use a tensor size out of {_divisors(model.heads)}"
+        )
+    if model.kv_heads % tp and tp % model.kv_heads:
+        yield (
+            f"model.kv_heads is {model.kv_heads} and parallel.tensor is {tp}, expected one to "
+            f"divide the other; use a tensor size out of {_divisors(model.kv_heads)} or a multiple "
+            f"of {model.kv_heads}"
+        )
+    if model.heads % model.kv_heads:
+        yield (
+            f"model.kv_heads is {model.kv_heads}, expected a divisor of model.heads={model.heads}; "
+            f"use one of {_divisors(model.heads)}"
+        )
+    if model.head_dim % 2:
+        yield f"model.head_dim is {model.head_dim}, expected an even number for rotary embeddings"
+    if model.ffn_hidden_size % tp:
+        yield (
+            f"model.ffn_hidden_size is {model.ffn_hidden_size}, which parallel.tensor={tp} does "
+            f"not divide; use a multiple of {tp}"
+        )
+    if parallel.sequence and tp == 1:
+        yield "parallel.sequence is true with parallel.tensor=1; use a tensor size of at least 2"
+    if vpp is not None and pp == 1:
+        yield (
+            f"parallel.virtual_pipeline is {vpp} with parallel.pipeline=1; use at least 2 pipeline "
+            "stages, or null"
+        )
+    if model.layers % (pp * (vpp or 1)):
+        stages = f"parallel.pipeline={pp}" + (f" x virtual_pipeline={vpp}" if vpp else "")
+        yield (
+            f"model.layers is {model.layers}, which {stages} does not divide; use a number of "
+            f"layers that is a multiple of {pp * (vpp or 1)}"
+        )
+
+
+def _run_problems(config: RunConfig) -> Iterator[str]:
+    batch, rollout = config.batching, config.rollout
+    if batch.tokens_per_microbatch < config.max_sequence_length:
+        yield (
+            f"batching.tokens_per_microbatch is {batch.tokens_per_microbatch}, but a sequence may "
+            f"have {config.max_sequence_length} tokens (rollout.max_prompt_tokens + "
+            f"rollout.max_new_tokens); use at least {config.max_sequence_length}"
+        )
+    if rollout.samples_per_prompt < 2:
+        yield (
+            f"rollout.samples_per_prompt is {rollout.samples_per_prompt}, expected at least 2: "
+            "advantages are relative to the other samples of a prompt"
+        )
+    data_parallel = config.parallel.data or 1
+    if rollout.prompts_per_step % (data_parallel * batch.minibatches):
+        yield (
+            f"rollout.prompts_per_step is {rollout.prompts_per_step}, expected a multiple of "
+            f"parallel.data x batching.minibatches = {data_parallel * batch.minibatches}"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield (
+            f"optimizer.min_lr is {config.optimizer.min_lr}, expected at most "
+            f"optimizer.lr={config.optimizer.lr}"
+        )
+    if config.data.train_file is not None and config.data.validation_file is None:
+        yield "data.train_file is set without data.validation_file; give both, or neither"
+    if config.data.validation_file is not None and config.data.train_file is None:
+        yield "data.validation_file is set without data.train_file; give both, or neither"
+    for key, path in (
+        ("data.train_file", config.data.train_file),
+        ("data.validation_file", config.data.validation_file),
+        ("tokenizer.path", config.tokenizer.path),
+    ):
+        if path is not None and not path.is_file():
+            yield f"{key} is {path}, expected a file that exists; check the path"
+    yield from _reward_problems(config.reward.function)
+
+
+def _reward_problems(function: str) -> Iterator[str]:
+    if function == "gsm8k":
+        return
+    module, _, name = function.partition(":")
+    if not name:
+        yield (f"reward.function is '{function}', expected 'gsm8k' or 'package.module:function'")
+        return
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        yield (
+            f"reward.function is '{function}', but there is no module '{module}'; install it or "
+            "put its folder on PYTHONPATH"
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+# --------------------------------------------------------------------------- loading
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply dotted ``key=value`` overrides, validate.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or a value does not fit.
+    """
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; give the path of a YAML file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected `key: value` lines")
+    return validate_config(apply_overrides(tree, overrides))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``tree`` with dotted overrides merged in; values are parsed as YAML."""
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(
+                f"override '{item}' has no '=', expected key=value such as trainer.steps=10"
+            )
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides)))
+        container = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(f"overrides {list(overrides)} can't be applied: {first_line}") from None
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+def validate_config(tree: dict[str, Any]) -> RunConfig:
+    """A validated `RunConfig`.
+
+    Raises:
+        ConfigError: one sentence per fault, the first few of them.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(fault) for fault in error.errors()[:3])) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete resolved configuration as YAML, readable by `load_config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _sentence(fault: Any) -> str:
+    """One pydantic fault in words: the key, the value, what was expected, the fix."""
+    key = ".".join(str(part) for part in fault["loc"])
+    kind, value, context = fault["type"], fault.get("input"), fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        section: Any = RunConfig
+        for part in fault["loc"][:-1]:
+            section = _section_type(section, str(part))
+        close = difflib.get_close_matches(
+            str(fault["loc"][-1]), section.model_fields, n=1, cutoff=0.5
+        )
+        prefix = ".".join(str(part) for part in fault["loc"][:-1])
+        known = ", ".join(section.model_fields)
+        fix = (
+            f"did you mean '{prefix + '.' if prefix else ''}{close[0]}'?"
+            if close
+            else f"known keys{' of ' + prefix if prefix else ''} are {known}"
+        )
+        return f"unknown key '{key}'; {fix}"
+    if kind == "missing":
+        return f"'{key}' is missing; add it to the config file"
+    if kind == "literal_error":
+        return f"{key} is {value!r}, expected one of {context['expected']}"
+    if kind == "value_error" and not key:
+        return str(context["error"])
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{key} is {value!r}, but {message.replace('input should', 'it should')}"
+
+
+def _section_type(section: type[BaseModel], name: str) -> type[BaseModel]:
+    annotation = section.model_fields[name].annotation
+    candidates = [annotation, *get_args(annotation)]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

@@ -1,0 +1,163 @@
+"""Frozen hand-offs between the stages of an RL step.
+
+Shape legend used throughout the package:
+
+    T  tokens of a packed microbatch (padding included)
+    k  sequences of a packed microbatch (padding is not a sequence)
+    L  tokens of one sequence
+    V  vocabulary, h  hidden size, d  entries of one parameter unit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task item in GSM8K's form, before tokenization."""
+
+    id: str
+    question: str
+    solution: str  # worked answer that ends in "#### <answer>"
+    answer: str  # the reference that rewards compare with
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem with its tokenized prompt."""
+
+    problem: Problem
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion of a prompt."""
+
+    prompt: Prompt
+    sample: int  # index within the prompt's group
+    tokens: tuple[int, ...]  # completion, with the EOS token if it was emitted
+    logprobs: tuple[float, ...]  # of each completion token under the sampling policy; same length
+    text: str
+    finished: bool  # ended by EOS rather than by the length limit
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with its reward."""
+
+    rollout: Rollout
+    reward: float
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """All samples of one prompt: the unit over which advantages are relative."""
+
+    prompt: Prompt
+    samples: tuple[ScoredRollout, ...]
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One sequence as the trainer sees it; every tuple has length L.
+
+    ``loss_mask[i] = 1`` counts the log-probability of token i given those before it, so position 0
+    never counts. ``old_logprobs`` are the rollout's, 0 where the mask is 0.
+    """
+
+    tokens: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    advantage: float
+    old_logprobs: tuple[float, ...]
+    token_weights: tuple[float, ...] | None = None  # None means 1 everywhere
+
+    def __post_init__(self) -> None:
+        length = len(self.tokens)
+        for name in ("loss_mask", "old_logprobs", "token_weights"):
+            value = getattr(self, name)
+            if value is not None and len(value) != length:
+                raise ValueError(
+                    f"{name} has {len(value)} entries, expected {length} (one a token)"
+                )
+
+    @property
+    def loss_tokens(self) -> int:
+        """How many log-probabilities of this sequence count in the loss."""
+        return sum(self.loss_mask[1:])
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """How the T tokens of a microbatch belong to its k sequences."""
+
+    offsets: tuple[int, ...]  # (k + 1,) start of each sequence, and the end of the last
+    owner: torch.Tensor  # (T,) int64 sequence of each token, k for padding
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], total: int, device: torch.device) -> Sequences:
+        k = len(lengths)
+        repeats = torch.tensor([*lengths, total - sum(lengths)], device=device)
+        owner = torch.repeat_interleave(torch.arange(k + 1, device=device), repeats)
+        return cls(tuple(accumulate(lengths, initial=0)), owner)
+
+    @property
+    def count(self) -> int:
+        return len(self.offsets) - 1
+
+    def indicator(self, start: int, length: int) -> torch.Tensor:
+        """(k, length) float64, 1 where token ``start + j`` belongs to the sequence."""
+        owner = self.owner[start : start + length]
+        ids = torch.arange(self.count, device=owner.device)
+        return (owner[None, :] == ids[:, None]).double()
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """One value a sequence (k,) -> one a token (T,), 0 on padding."""
+        return torch.cat([values, values.new_zeros(1)])[self.owner]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """k sequences packed one after the other, as tensors on the run's device.
+
+    Targets are shifted: entry t of ``labels``, ``loss_mask``, ``weights`` and ``old_logprobs``
+    speaks of the token that position t predicts, so the last position of a sequence has mask 0.
+    """
+
+    index: int  # 0..M-1 within the minibatch of this replica
+    tokens: torch.Tensor  # (1, T) int64
+    positions: torch.Tensor  # (1, T) int64, restarting at each sequence
+    labels: torch.Tensor  # (T,) int64
+    loss_mask: torch.Tensor  # (T,) float64, 0 on padding and prompts
+    weights: torch.Tensor  # (T,) float64, per-token loss weights
+    old_logprobs: torch.Tensor  # (T,) float64
+    advantages: torch.Tensor  # (k,) float64
+    lengths: tuple[int, ...]  # (k,) tokens of each sequence; their sum is at most T
+    denominator: float  # N, the loss tokens of the whole minibatch over all replicas
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return self.tokens.shape[1]
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Which token belongs to which sequence."""
+        return Sequences.of(self.lengths, self.num_tokens, self.tokens.device)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one RL step tells the world: flat metrics and a few rollouts to look at."""
+
+    step: int
+    metrics: Mapping[str, float]
+    samples: tuple[Mapping[str, Any], ...] = field(default=())
