@@ -1,0 +1,41 @@
+"""Which device a run takes and how many processes its layout needs, known before Megatron loads."""
+
+from __future__ import annotations
+
+import torch
+
+from proma_megatron.config import ConfigError, ParallelConfig
+
+
+def choose_device(requested: str, local_world_size: int) -> str:
+    """ "cuda" when every worker of this node can have a GPU of its own, else "cpu".
+
+    Raises:
+        ConfigError: GPUs were asked for and there are too few; NCCL can't share one.
+    """
+    available = torch.cuda.device_count()
+    if requested == "cuda" and available < local_world_size:
+        raise ConfigError(
+            f"device is 'cuda' and this node runs {local_world_size} workers, but it has "
+            f"{available} GPUs; use a smaller layout or device=cpu"
+        )
+    if requested == "cpu" or available < local_world_size:
+        return "cpu"
+    return "cuda"
+
+
+def check_world_size(parallel: ParallelConfig, world: int) -> None:
+    """Whether ``world`` processes make up this layout; ConfigError if not."""
+    model = parallel.model_size
+    if parallel.data is None:
+        if world % model:
+            raise ConfigError(
+                f"{world} processes were started, which parallel.tensor x parallel.pipeline = "
+                f"{model} does not divide; start a multiple of {model}"
+            )
+    elif world != model * parallel.data:
+        raise ConfigError(
+            f"{world} processes were started, expected parallel.tensor x pipeline x data = "
+            f"{parallel.tensor} x {parallel.pipeline} x {parallel.data} = {model * parallel.data}; "
+            "change the layout or the number of processes"
+        )

@@ -1,0 +1,182 @@
+"""Ranks and process groups of this run.
+
+One `Topology` is built after the workers start and passed along; this is the only module that
+touches Megatron's ``parallel_state``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from proma_megatron import cpu
+from proma_megatron.config import ParallelConfig
+from proma_megatron.placement import check_world_size
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the layout: its process group and this rank's place in it."""
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+
+    def global_rank(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands in the layout."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    model: Axis  # tensor x pipeline: one copy of the policy
+    virtual_pipeline: int  # model chunks on this stage, 1 without interleaving
+    sequence_parallel: bool
+    tied_ends: dist.ProcessGroup | None  # first and last stage, None on stages between them
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def last_stage(self) -> int:
+        """Global rank of the last stage with this rank's tensor and data coordinates."""
+        return self.pipeline.global_rank(self.pipeline.size - 1)
+
+    def megatron_calls(self) -> contextlib.AbstractContextManager[None]:
+        return cpu.megatron_calls(self.device)
+
+    def from_last_stage(self, value: Any) -> Any:
+        """Broadcast a picklable object of the last stage to all stages of this replica."""
+        if self.pipeline.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(
+            box, src=self.last_stage, group=self.pipeline.group, device=self.device
+        )
+        return box[0]
+
+    def from_model_rank_0(self, value: Any) -> Any:
+        """Broadcast a picklable object from the first rank of this replica to the others."""
+        if self.model.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(
+            box, src=self.model.global_rank(0), group=self.model.group, device=self.device
+        )
+        return box[0]
+
+    def gather_over_data(self, value: Any) -> list[Any]:
+        """One picklable object from every replica, in replica order, on every rank."""
+        if self.data.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.data.size
+        dist.all_gather_object(gathered, value, group=self.data.group)
+        return gathered
+
+    def gather_over_stages(self, value: Any) -> list[Any]:
+        """One picklable object from every pipeline stage of this replica, on every rank."""
+        if self.pipeline.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.pipeline.size
+        dist.all_gather_object(gathered, value, group=self.pipeline.group)
+        return gathered
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def process_group(device_type: str, timeout_minutes: float) -> Iterator[torch.device]:
+    """Join the default process group from torchrun's environment; leave it at the end."""
+    device = setup_device(device_type)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def setup_device(device_type: str) -> torch.device:
+    """This worker's device; on a CPU, Megatron's CUDA calls are redirected."""
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    cpu.install()
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def layout(
+    parallel: ParallelConfig, device: torch.device, seed: int, timeout_minutes: float = 10.0
+) -> Iterator[Topology]:
+    """Cut the default process group into a layout; give the groups back at the end.
+
+    Raises:
+        ConfigError: the number of processes is not tensor x pipeline x data.
+    """
+    world = dist.get_world_size()
+    check_world_size(parallel, world)
+    with cpu.megatron_calls(device):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            create_gloo_process_groups=device.type == "cuda",
+        )
+        model_parallel_cuda_manual_seed(seed)
+    try:
+        yield _read_topology(parallel, device)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _axis(group: Any) -> Axis:
+    return Axis(group=group, size=dist.get_world_size(group), rank=dist.get_rank(group))
+
+
+def _read_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
+    embedding: Any = parallel_state.get_embedding_group(check_initialized=False)
+    is_end = dist.get_rank() in dist.get_process_group_ranks(embedding) if embedding else False
+    return Topology(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        model=_axis(parallel_state.get_model_parallel_group()),
+        virtual_pipeline=parallel.virtual_pipeline or 1,
+        sequence_parallel=parallel.sequence,
+        tied_ends=embedding if is_end and parallel.pipeline > 1 else None,
+    )
