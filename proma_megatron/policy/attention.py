@@ -1,0 +1,185 @@
+"""Attention over packed sequences in training and over a key-value cache in rollouts.
+
+Megatron's local core attention refuses packed sequences and its static inference path rotates the
+whole cache at every step; both are replaced here on top of scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """Megatron's packed-sequence parameters with the index that unpacks them.
+
+    ``slots`` (T,) places token t of sequence s at ``s * longest + position``. Padding tokens, if
+    any, form one last sequence.
+    """
+
+    slots: torch.Tensor | None = None
+    rows: int = 0
+    longest: int = 0
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], total: int, device: torch.device) -> PackedLayout:
+        """Layout of sequences of these lengths, padded to ``total`` tokens."""
+        padding = total - sum(lengths)
+        pieces = [*lengths, padding] if padding else list(lengths)
+        longest = max(pieces)
+        cu_seqlens = torch.tensor([0, *pieces], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        slots = torch.cat(
+            [torch.arange(length) + row * longest for row, length in enumerate(pieces)]
+        )
+        cu_seqlens = cu_seqlens.to(device)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            slots=slots.to(device),
+            rows=len(pieces),
+            longest=longest,
+        )
+
+
+class KeyValueCache(StaticInferenceContext):
+    """Rotated keys and values of a batch of prompts, left-padded to a common length.
+
+    Every row keeps its own positions (0 at its first real token), so a row's numbers do not depend
+    on the lengths of the others.
+    """
+
+    def __init__(self, batch: int, max_length: int, padding: torch.Tensor) -> None:
+        super().__init__(max_batch_size=batch, max_sequence_length=max_length)
+        self.padding = padding  # (batch,) unused slots at the left of each row
+        self.length = 0  # slots filled so far, by all layers
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def append(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store (n, batch, heads, dim) at the end; everything stored so far of this layer."""
+        if layer not in self.layers:
+            shape = (self.max_sequence_length, *key.shape[1:])
+            self.layers[layer] = (key.new_empty(shape), value.new_empty(shape))
+        keys, values = self.layers[layer]
+        end = self.length + key.shape[0]
+        keys[self.length : end] = key
+        values[self.length : end] = value
+        return keys[:end], values[:end]
+
+    def positions(self, count: int) -> torch.Tensor:
+        """(batch, count) positions of the next ``count`` slots; 0 on padding."""
+        slots = torch.arange(self.length, self.length + count, device=self.padding.device)
+        return (slots[None, :] - self.padding[:, None]).clamp(min=0)
+
+    def mask(self, count: int) -> torch.Tensor:
+        """(batch, 1, count, length + count) bool, True where attention is not allowed."""
+        device = self.padding.device
+        keys = torch.arange(self.length + count, device=device)
+        queries = torch.arange(self.length, self.length + count, device=device)
+        future = keys[None, :] > queries[:, None]
+        unused = keys[None, :] < self.padding[:, None]
+        # A padding query sees itself, so that its softmax stays finite; nobody reads its output.
+        itself = keys[None, :] == queries[:, None]
+        return ((future[None] | unused[:, None, :]) & ~itself[None])[:, None]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these (indices into the batch)."""
+        self.padding = self.padding[rows]
+        self.max_batch_size = len(rows)
+        self.layers = {
+            layer: (keys[:, rows], values[:, rows]) for layer, (keys, values) in self.layers.items()
+        }
+
+
+class CachedSelfAttention(SelfAttention):
+    """Megatron's self-attention with a cache of rotated keys in rollouts."""
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if not isinstance(inference_context, KeyValueCache):
+            return super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+            )
+        # rotary_pos_emb holds the angles of the new tokens only; see PolicyModel._preprocess.
+        query = apply_rotary_pos_emb(query, rotary_pos_emb[0], config=self.config)
+        key = apply_rotary_pos_emb(key, rotary_pos_emb[1], config=self.config)
+        key, value = inference_context.append(self.layer_number, key, value)
+        return query, key, value, None, self.attn_mask_type, None
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention: packed (T, heads, dim) in training, (s, b, heads, dim) in rollouts."""
+
+    def __init__(self, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if isinstance(packed_seq_params, PackedLayout):
+            return _packed_attention(query, key, value, packed_seq_params)
+        assert attention_mask is not None, "attention needs a packed layout or a mask"
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            query,
+            _repeat_heads(key, query.shape[1]),
+            _repeat_heads(value, query.shape[1]),
+            attn_mask=~attention_mask,
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
+) -> torch.Tensor:
+    """(T, heads, dim) -> (T, heads * dim), each sequence on its own."""
+    slots = layout.slots
+    assert slots is not None
+
+    def unpack(x: torch.Tensor) -> torch.Tensor:
+        # index_copy and not advanced indexing: its backward is a gather, which is deterministic.
+        dense = x.new_zeros((layout.rows * layout.longest, *x.shape[1:])).index_copy(0, slots, x)
+        return dense.unflatten(0, (layout.rows, layout.longest)).transpose(1, 2)
+
+    query, key, value = unpack(query), unpack(key), unpack(value)
+    out = F.scaled_dot_product_attention(
+        query,
+        _repeat_heads(key, query.shape[1]),
+        _repeat_heads(value, query.shape[1]),
+        is_causal=True,
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, slots).flatten(1)
+
+
+def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(b, groups, s, dim) -> (b, heads, s, dim) for grouped-query attention."""
+    repeat = heads // x.shape[1]
+    return x if repeat == 1 else x.repeat_interleave(repeat, dim=1)

@@ -1,0 +1,265 @@
+"""Build the sharded policy: Megatron's GPTModel with Qwen's options and our capturing layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from proma_megatron.config import ModelConfig
+from proma_megatron.policy.attention import (
+    CachedSelfAttention,
+    CoreAttention,
+    KeyValueCache,
+    PackedLayout,
+)
+from proma_megatron.policy.layers import (
+    CapturedColumnLinear,
+    CapturedEmbedding,
+    CapturedRowLinear,
+    RMSNorm,
+)
+from proma_megatron.policy.parameters import initialize, parameter_shards
+from proma_megatron.records import Microbatch
+from proma_megatron.topology import Topology
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose rollouts take their positions from a `KeyValueCache`."""
+
+    def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        out: Any = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        cache = kwargs.get("inference_context")
+        if not isinstance(cache, KeyValueCache):
+            return out
+        decoder_input, angles, *rest = out
+        # (b, s) positions -> angles (s, b, 1, dim) of the new tokens.
+        return decoder_input, angles[:, 0, 0][position_ids.t()][:, :, None, :], *rest
+
+
+class Policy:
+    """The model chunks of this rank, wrapped in Megatron's DDP, with what is known about them."""
+
+    def __init__(
+        self,
+        chunks: list[DistributedDataParallel],
+        config: TransformerConfig,
+        model: ModelConfig,
+        vocab_size: int,
+        topology: Topology,
+    ) -> None:
+        self.chunks = chunks
+        self.config = config
+        self.model = model
+        self.vocab_size = vocab_size
+        self.topology = topology
+        self.shards = [
+            shard
+            for chunk in self.modules
+            for shard in parameter_shards(chunk, model, vocab_size, topology)
+        ]
+
+    @property
+    def modules(self) -> list[Any]:
+        """The bare `PolicyModel`s, in the order of virtual pipeline stages."""
+        return [chunk.module for chunk in self.chunks]
+
+    def forward_packed(self, chunk: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor:
+        """Logits (T, V/tp) on the last stage, hidden states for the next stage elsewhere."""
+        layout = PackedLayout.of(microbatch.lengths, microbatch.num_tokens, self.topology.device)
+        return chunk(microbatch.tokens, microbatch.positions, None, packed_seq_params=layout)
+
+    @contextlib.contextmanager
+    def rollout_mode(self) -> Iterator[None]:
+        """Evaluation without sequence parallelism: a decoding step has one token to shard."""
+        for module in self.modules:
+            module.eval()
+        self._set_sequence_parallel(False)
+        try:
+            yield
+        finally:
+            self._set_sequence_parallel(self.topology.sequence_parallel)
+            for module in self.modules:
+                module.train()
+
+    def _set_sequence_parallel(self, on: bool) -> None:
+        if not self.topology.sequence_parallel:
+            return
+        self.config.sequence_parallel = on
+        names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+        for module in self.modules:
+            for layer in module.modules():
+                for name in names:
+                    if hasattr(layer, name):
+                        setattr(layer, name, on)
+
+
+def build_policy(
+    model: ModelConfig,
+    vocab_size: int,
+    max_sequence_length: int,
+    topology: Topology,
+    *,
+    seed: int,
+    distributed_optimizer: bool = False,
+) -> Policy:
+    """The policy of this rank, initialized from ``seed`` alike in every layout.
+
+    Args:
+        vocab_size: tokens of the tokenizer; the sharded tables are padded to a multiple of TP.
+        max_sequence_length: longest sequence that is trained on or generated.
+    """
+    config = transformer_config(model, topology)
+    padded = -(-vocab_size // topology.tensor.size) * topology.tensor.size
+    virtual = topology.virtual_pipeline
+    chunks = []
+    with topology.megatron_calls():
+        for stage in range(virtual):
+            vp_stage = stage if virtual > 1 else None
+            chunk = PolicyModel(
+                config=config,
+                transformer_layer_spec=_block_spec(config, model, vp_stage),  # type: ignore[arg-type]
+                vocab_size=padded,
+                max_sequence_length=max_sequence_length,
+                pre_process=topology.is_first_stage and stage == 0,
+                post_process=topology.is_last_stage and stage == virtual - 1,
+                parallel_output=True,
+                share_embeddings_and_output_weights=model.tie_embeddings,
+                position_embedding_type="rope",
+                rotary_base=model.rope_base,  # type: ignore[arg-type]
+                vp_stage=vp_stage,
+            )
+            _capture_ends(chunk)
+            initialize(chunk, model, vocab_size, topology, seed)
+            chunks.append(chunk.to(topology.device))
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=model.dtype == "bfloat16",
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=distributed_optimizer,
+        )
+        wrapped = [
+            DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(chunks)
+        ]
+    return Policy(wrapped, config, model, vocab_size, topology)
+
+
+def transformer_config(model: ModelConfig, topology: Topology) -> TransformerConfig:
+    """Megatron's configuration of this model in this layout; no fusion that needs a GPU kernel."""
+    dtype = DTYPES[model.dtype]
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=topology.tensor.size,
+        pipeline_model_parallel_size=topology.pipeline.size,
+        virtual_pipeline_model_parallel_size=(
+            topology.virtual_pipeline if topology.virtual_pipeline > 1 else None
+        ),
+        sequence_parallel=topology.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # no experts; the default refuses variable lengths
+        # The loss arrives divided by N already, and N is global: DDP must add, not average.
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if model.recompute == "full" else None,
+        recompute_method="uniform" if model.recompute == "full" else None,
+        recompute_num_layers=1 if model.recompute == "full" else None,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # see parameters.initialize
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        cross_entropy_loss_fusion=False,
+        # Interleaved over two stages, both neighbours are one rank: batched messages would mix.
+        overlap_p2p_comm=topology.virtual_pipeline > 1,
+        batch_p2p_comm=topology.device.type == "cuda" and topology.virtual_pipeline == 1,
+        deallocate_pipeline_outputs=False,  # outputs are views behind the backward mark
+    )
+
+
+def _block_spec(
+    config: TransformerConfig, model: ModelConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Megatron's transformer layer out of our linears, norms and attention.
+
+    Norms stay modules of their own: in a fused norm + linear the norm's gradient can't be captured.
+    """
+    norm = RMSNorm if model.qk_norm else None
+    bias_dropout_add: Any = get_bias_dropout_add
+    attention = SelfAttentionSubmodules(
+        linear_qkv=CapturedColumnLinear,
+        core_attention=CoreAttention,
+        linear_proj=CapturedRowLinear,
+        q_layernorm=norm,
+        k_layernorm=norm,
+    )
+    layer = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=CachedSelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=attention,
+        ),
+        self_attn_bda=bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=partial(
+            MLP.as_mlp_submodule,
+            submodules=MLPSubmodules(linear_fc1=CapturedColumnLinear, linear_fc2=CapturedRowLinear),
+        ),
+        mlp_bda=bias_dropout_add,
+        # The names that checkpoints of the fused Transformer Engine layers have.
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+
+
+def _capture_ends(chunk: Any) -> None:
+    """Give the embedding and the head, whose classes GPTModel hard-codes, our forward.
+
+    Changing the class keeps the modules' parameters, hooks and checkpoint names as they are.
+    """
+    if hasattr(chunk, "embedding"):
+        chunk.embedding.word_embeddings.__class__ = CapturedEmbedding
+    if hasattr(chunk, "output_layer"):
+        chunk.output_layer.__class__ = CapturedColumnLinear

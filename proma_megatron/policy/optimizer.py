@@ -1,0 +1,70 @@
+"""Megatron's optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from proma_megatron.config import OptimizerConfig
+from proma_megatron.policy.model import Policy
+
+
+class Optimizer:
+    """Stock Adam over the policy's ``main_grad``, with clipping, warm-up and decay.
+
+    Args:
+        total_steps: optimizer steps over which the learning rate decays.
+    """
+
+    def __init__(self, policy: Policy, config: OptimizerConfig, total_steps: int) -> None:
+        self.policy = policy
+        dtype = policy.config.params_dtype
+        with policy.topology.megatron_calls():
+            self.optimizer: Any = get_megatron_optimizer(
+                MegatronOptimizerConfig(
+                    optimizer="adam",
+                    lr=config.lr,
+                    min_lr=config.min_lr,
+                    weight_decay=config.weight_decay,
+                    adam_beta1=config.beta1,
+                    adam_beta2=config.beta2,
+                    adam_eps=config.eps,
+                    clip_grad=config.clip_grad,
+                    bf16=dtype == torch.bfloat16,
+                    params_dtype=dtype,
+                    use_distributed_optimizer=config.distributed,
+                ),
+                list(policy.chunks),
+                use_gloo_process_groups=policy.topology.device.type == "cuda",
+            )
+            self.scheduler = OptimizerParamScheduler(
+                self.optimizer,
+                init_lr=0.0,
+                max_lr=config.lr,
+                min_lr=config.min_lr,
+                lr_warmup_steps=config.warmup_steps,
+                # Megatron wants warm-up to end before decay does.
+                lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+                lr_decay_style=config.decay,
+                start_wd=config.weight_decay,
+                end_wd=config.weight_decay,
+                wd_incr_steps=max(total_steps, 1),
+                wd_incr_style="constant",
+            )
+
+    def step(self) -> dict[str, float]:
+        """Update the weights from ``main_grad``; the gradient's norm and the rate that was used."""
+        with self.policy.topology.megatron_calls():
+            # Megatron's rate for update n is that of step n; before the first it is still 0.
+            self.scheduler.step(increment=1)
+            _, norm, _ = self.optimizer.step()
+            self.optimizer.zero_grad()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {
+            "optimizer/grad_norm": float(norm) if norm is not None else float("nan"),
+            "optimizer/lr": max(rates) if rates else 0.0,
+        }

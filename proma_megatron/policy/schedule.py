@@ -1,0 +1,191 @@
+"""Forward and backward over microbatches, through Megatron's stock schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from proma_megatron.policy.layers import mark_backward
+from proma_megatron.policy.logprobs import vocab_parallel_logprobs
+from proma_megatron.policy.losses import LossOptions, policy_loss, token_advantages
+from proma_megatron.policy.model import Policy
+from proma_megatron.records import Microbatch
+
+
+class GradientAccumulator(Protocol):
+    """Owner of ``main_grad`` during a backward pass, in place of Megatron's accumulation."""
+
+    def begin(self) -> None: ...
+
+    def enable(self, on: bool) -> None: ...
+
+    def begin_backward(self, chunk: int, microbatch: Microbatch) -> None: ...
+
+    def finish(self, microbatches: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the loss tokens of this replica's microbatches."""
+
+    tokens: float = 0.0
+    objective: float = 0.0  # w * advantage * log pi
+    entropy: float = 0.0
+    surprise: float = 0.0  # -log pi
+    kl: float = 0.0  # k3 estimate of KL(rollout policy, current policy)
+    mismatch: float = 0.0  # |log pi - rollout's log-probability|
+    worst_mismatch: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        names = self.__dataclass_fields__
+        return Sums(
+            **{
+                name: (max if name == "worst_mismatch" else _plus)(
+                    getattr(self, name), getattr(other, name)
+                )
+                for name in names
+            }
+        )
+
+
+def _plus(x: float, y: float) -> float:
+    return x + y
+
+
+def forward_backward(
+    policy: Policy,
+    microbatches: Sequence[Microbatch],
+    options: LossOptions,
+    *,
+    accumulator: GradientAccumulator | None = None,
+    temperature: float = 1.0,
+) -> Sums:
+    """Gradients of all microbatches in ``main_grad``, reduced and ready for the optimizer.
+
+    With an accumulator, backward carries unit losses and the accumulator owns ``main_grad``;
+    without, this is Megatron's own accumulation.
+
+    Returns:
+        Sums of this replica, on every rank of it.
+    """
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
+    if accumulator is not None:
+        accumulator.begin()
+        accumulator.enable(True)
+    policy.config.finalize_model_grads_func = partial(_finalize, accumulator, len(microbatches))
+    collected: list[Sums] = []
+    step = partial(_forward_step, policy, options, accumulator, temperature, collected)
+    try:
+        _run(policy, microbatches, step, forward_only=False)
+    finally:
+        if accumulator is not None:
+            accumulator.enable(False)
+    return policy.topology.from_last_stage(sum(collected, start=Sums()))
+
+
+def evaluate_logprobs(
+    policy: Policy, microbatches: Sequence[Microbatch], temperature: float = 1.0
+) -> list[torch.Tensor] | None:
+    """Log-probabilities (T,) of the labels of each microbatch; None except on the last stage."""
+    found: list[torch.Tensor] = []
+
+    def step(microbatch: Microbatch, chunk: int, output: torch.Tensor) -> tuple[Any, Any]:
+        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            logprobs, _ = vocab_parallel_logprobs(
+                logits[0], microbatch.labels, policy.vocab_size, policy.topology, temperature
+            )
+            found.append(logprobs)
+            return logprobs.sum(), _no_tokens(logits), {}
+
+        return output, loss
+
+    with torch.no_grad():
+        _run(policy, microbatches, step, forward_only=True)
+    return found if policy.topology.is_last_stage else None
+
+
+def _run(policy: Policy, microbatches: Sequence[Microbatch], step: Any, forward_only: bool) -> None:
+    def forward_step(iterator: Any, wrapped: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        microbatch = next(iterator)
+        chunk = next(i for i, c in enumerate(policy.chunks) if c is wrapped)
+        return step(microbatch, chunk, policy.forward_packed(wrapped, microbatch))
+
+    iterators = [iter(microbatches) for _ in policy.chunks]
+    with policy.topology.megatron_calls():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list[torch.nn.Module](policy.chunks),
+            num_microbatches=len(microbatches),
+            seq_length=max(m.num_tokens for m in microbatches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _forward_step(
+    policy: Policy,
+    options: LossOptions,
+    accumulator: GradientAccumulator | None,
+    temperature: float,
+    collected: list[Sums],
+    microbatch: Microbatch,
+    chunk: int,
+    output: torch.Tensor,
+) -> tuple[torch.Tensor, Any]:
+    if accumulator is not None:
+        output = mark_backward(output, partial(accumulator.begin_backward, chunk, microbatch))
+
+    def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        logprobs, entropy = vocab_parallel_logprobs(
+            logits[0], microbatch.labels, policy.vocab_size, policy.topology, temperature
+        )
+        collected.append(_sums(logprobs.detach(), entropy, microbatch))
+        return policy_loss(logprobs, microbatch, options), _no_tokens(logits), {}
+
+    return output, loss
+
+
+def _no_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """Megatron's token count; N is in the loss already, and `_finalize` ignores this."""
+    return torch.zeros((), dtype=torch.int, device=logits.device)
+
+
+def _finalize(
+    accumulator: GradientAccumulator | None,
+    microbatches: int,
+    chunks: list[Any],
+    num_tokens: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> None:
+    """Complete the projection, then Megatron's reductions; gradients are not rescaled."""
+    if accumulator is not None:
+        accumulator.finish(microbatches)
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def _sums(logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch) -> Sums:
+    mask = microbatch.loss_mask > 0
+    picked = logprobs.double()[mask]
+    if not len(picked):
+        return Sums()
+    delta = picked - microbatch.old_logprobs[mask]
+    weighted = microbatch.weights[mask] * token_advantages(microbatch)[mask] * picked
+    values = torch.stack(
+        [
+            weighted.sum(),
+            entropy.double()[mask].sum(),
+            -picked.sum(),
+            (torch.expm1(delta) - delta).sum(),
+            delta.abs().sum(),
+            delta.abs().max(),
+        ]
+    ).tolist()
+    return Sums(float(len(picked)), *values)
