@@ -1,0 +1,62 @@
+"""What is projected together: the units of the policy's parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from proma_megatron.policy.parameters import ParameterShard, Reduction
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A set of entries with one Gram matrix and one projection.
+
+    ``rows`` are half-open ranges of the local parameter's first axis. They may be empty on a rank
+    that holds nothing of the unit (few KV heads over many tensor ranks); the rank still takes part
+    in the reduction.
+    """
+
+    name: str
+    shard: ParameterShard
+    rows: tuple[tuple[int, int], ...]
+    projected: bool  # False: accumulated as Megatron would, P = G a and nothing removed
+
+    @property
+    def reduction(self) -> Reduction:
+        return self.shard.reduction
+
+
+def units_of(
+    shard: ParameterShard,
+    unit: Literal["huggingface", "megatron"],
+    parameters: Literal["all", "linear"],
+) -> tuple[Unit, ...]:
+    """The units of one parameter.
+
+    Args:
+        unit: "huggingface" gives q, k, v, gate and up units of their own; "megatron" takes a fused
+            weight as one unit.
+        parameters: "linear" projects only what is an ``nn.Linear`` weight in Hugging Face's model
+            (the published code's choice); a table tied to the head is an embedding here.
+    """
+    projected = parameters == "all" or shard.linear
+    everything = ((0, shard.parameter.shape[0]),)
+    if unit == "megatron":
+        # Vocabulary padding has no gradient, so taking all rows changes nothing.
+        return (Unit(shard.name, shard, everything, projected),)
+    if shard.axis != 0:
+        return (Unit(shard.tensors[0], shard, everything, projected),)
+    return tuple(
+        Unit(
+            name=tensor,
+            shard=shard,
+            rows=tuple(
+                (run.local, run.local + run.length)
+                for run in shard.runs
+                if run.tensor == tensor and run.length
+            ),
+            projected=projected,
+        )
+        for tensor in shard.tensors
+    )
