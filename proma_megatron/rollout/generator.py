@@ -1,0 +1,164 @@
+"""Sample completions from the policy's own sharded weights, with a key-value cache.
+
+Decoding is a batch over prompts of different lengths, padded at the left; every row has its own
+positions and its own noise, so a rollout is the same in any batch. Pipeline stages pass hidden
+states by hand; the last stage samples and broadcasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.utils import InferenceMode
+
+from proma_megatron.policy.attention import KeyValueCache
+from proma_megatron.policy.model import Policy
+from proma_megatron.rollout.sampling import sample
+
+KEEP_FRACTION = 0.75  # of a batch still decoding: below this, finished rows leave the cache
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 48
+    batch_size: int = 128
+    greedy: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    tokens: tuple[int, ...]  # with EOS if it was emitted
+    logprobs: tuple[float, ...]
+    finished: bool  # by EOS
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    noise: torch.Tensor,
+    eos: int,
+    options: SamplingOptions,
+) -> list[Completion]:
+    """One completion a prompt, the same on every rank of this replica.
+
+    Args:
+        noise: (prompts, max_new_tokens) uniform numbers; ignored when greedy.
+    """
+    if not prompts:
+        return []
+    # Prompts of like length decode together, which saves padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: dict[int, Completion] = {}
+    with policy.rollout_mode(), InferenceMode.active():
+        for start in range(0, len(order), options.batch_size):
+            batch = order[start : start + options.batch_size]
+            decoded = _decode(policy, [prompts[i] for i in batch], noise[batch], eos, options)
+            completions.update(zip(batch, decoded, strict=True))
+    return [completions[i] for i in range(len(prompts))]
+
+
+def _decode(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    noise: torch.Tensor,
+    eos: int,
+    options: SamplingOptions,
+) -> list[Completion]:
+    device = policy.topology.device
+    longest = max(len(prompt) for prompt in prompts)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    cache = KeyValueCache(len(prompts), longest + options.max_new_tokens, padding)
+    inputs = torch.tensor(
+        [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
+    )
+    noise = noise.to(device)
+    active = torch.arange(len(prompts), device=device)  # rows of the cache -> prompts
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by row of the cache
+    for position in range(options.max_new_tokens):
+        logits = _next_logits(policy, cache, inputs)
+        uniform = None if options.greedy else noise[active, position]
+        drawn, scores = _draw(policy, logits, uniform, options, len(active))
+        for row, token, score in zip(active.tolist(), drawn.tolist(), scores.tolist(), strict=True):
+            tokens[row].append(token)
+            logprobs[row].append(score)
+        done |= drawn == eos
+        alive = (~done).nonzero()[:, 0]
+        if not len(alive):
+            break
+        # Finished rows decode on, and are cut below, until dropping them is worth a copy.
+        if len(alive) <= KEEP_FRACTION * len(active):
+            cache.keep(alive)
+            active, drawn, done = active[alive], drawn[alive], done[alive]
+        inputs = drawn[:, None]
+    return [_cut(found, scores, eos) for found, scores in zip(tokens, logprobs, strict=True)]
+
+
+def _cut(tokens: list[int], logprobs: list[float], eos: int) -> Completion:
+    """Up to and with the first EOS."""
+    finished = eos in tokens
+    length = tokens.index(eos) + 1 if finished else len(tokens)
+    return Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished)
+
+
+def _next_logits(policy: Policy, cache: KeyValueCache, inputs: torch.Tensor) -> torch.Tensor | None:
+    """(b, V) logits of the next token on the last stage, None on the others."""
+    topology = policy.topology
+    batch, count = inputs.shape
+    positions, mask = cache.positions(count), cache.mask(count)
+    shape = (count, batch, policy.config.hidden_size)
+    output: torch.Tensor | None = None
+    stages = topology.pipeline
+    for stage, module in enumerate(policy.modules):
+        first = stage == 0 and topology.is_first_stage
+        last = stage == len(policy.modules) - 1 and topology.is_last_stage
+        if not first:
+            hidden = torch.empty(shape, dtype=policy.config.params_dtype, device=topology.device)
+            dist.recv(hidden, group=stages.group, group_src=(stages.rank - 1) % stages.size)
+            module.set_input_tensor(hidden)
+        output = module(
+            inputs, positions, mask, inference_context=cache, runtime_gather_output=True
+        )
+        if not last:
+            assert output is not None
+            dist.send(
+                output.contiguous(),
+                group=stages.group,
+                group_dst=(stages.rank + 1) % stages.size,
+            )
+            output = None
+    cache.length += count
+    return None if output is None else output[:, -1, : policy.vocab_size]
+
+
+def _draw(
+    policy: Policy,
+    logits: torch.Tensor | None,
+    uniform: torch.Tensor | None,
+    options: SamplingOptions,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (b,) and log-probabilities (b,), equal on every rank of the replica.
+
+    All tensor ranks of the last stage hold the same gathered logits and the same noise; the
+    broadcast from the first of them makes equality certain rather than likely.
+    """
+    topology = policy.topology
+    packed = torch.empty((2, count), dtype=torch.float64, device=topology.device)
+    if logits is not None:
+        tokens, logprobs = sample(
+            logits, uniform, options.temperature, options.top_k, options.top_p
+        )
+        packed[0], packed[1] = tokens, logprobs
+    if topology.model.size > 1:
+        source = topology.model.global_rank(topology.model.size - topology.tensor.size)
+        dist.broadcast(packed, src=source, group=topology.model.group)
+    return packed[0].long(), packed[1]

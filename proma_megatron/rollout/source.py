@@ -1,0 +1,71 @@
+"""The run's data: problems of both splits, the tokenizer, and streams of prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from proma_megatron.config import ConfigError, RunConfig
+from proma_megatron.records import Problem
+from proma_megatron.rollout.prompts import PromptSource, format_prompt
+from proma_megatron.rollout.tasks import generate_problems, load_problems
+from proma_megatron.rollout.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    tokenizer: Tokenizer
+    train: PromptSource  # RL prompts
+    supervised: PromptSource  # the same problems in another order, for the warm start
+    validation: PromptSource
+    problems: tuple[Problem, ...]  # of the training split
+
+
+def load_splits(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
+    """Training and validation problems, from the files or from the generator.
+
+    Raises:
+        ConfigError: a file that can't be read, is empty, or shares questions with the other split.
+    """
+    data = config.data
+    if data.train_file is not None and data.validation_file is not None:
+        train, validation = load_problems(data.train_file), load_problems(data.validation_file)
+        shared = {p.question for p in train} & {p.question for p in validation}
+        if shared:
+            raise ConfigError(
+                f"{data.validation_file} shares {len(shared)} questions with {data.train_file}, "
+                f"for example '{min(shared)[:80]}'; remove them from one of the two"
+            )
+        return train, validation
+    return (
+        generate_problems("train", data.train_problems, data.seed),
+        generate_problems("validation", data.validation_problems, data.seed),
+    )
+
+
+def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
+    """Everything that a run reads, checked: no prompt may exceed the limit.
+
+    Args:
+        trained_tokenizer: where a tokenizer is trained from the task's text if the configuration
+            names none and there is none yet.
+
+    Raises:
+        ConfigError: bad data, or a prompt that is too long.
+    """
+    train, validation = load_splits(config)
+    path = config.tokenizer.path
+    if path is None:
+        path = trained_tokenizer
+        if not path.is_file():
+            texts = [format_prompt(p.question) + p.solution for p in train]
+            train_tokenizer(texts, path, config.tokenizer.vocab_size)
+    tokenizer = SentencePieceTokenizer(path)
+    limit = config.rollout.max_prompt_tokens
+    return Data(
+        tokenizer=tokenizer,
+        train=PromptSource(train, tokenizer, limit, config.seed),
+        supervised=PromptSource(train, tokenizer, limit, config.seed + 1),
+        validation=PromptSource(validation, tokenizer, limit, config.seed),
+        problems=tuple(train),
+    )
