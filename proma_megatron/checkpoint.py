@@ -1,0 +1,123 @@
+"""Checkpoints of the policy through Megatron's dist_checkpointing.
+
+A checkpoint is a folder ``step_000050`` that any layout can read. It is complete once it holds
+``complete.json``, written last, after every rank has finished.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from proma_megatron.config import ConfigError
+from proma_megatron.policy.model import Policy
+from proma_megatron.policy.optimizer import Optimizer
+
+MARKER = "complete.json"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the largest step, if there is one."""
+    complete = sorted(path.parent for path in folder.glob(f"step_*/{MARKER}"))
+    return complete[-1] if complete else None
+
+
+def save_checkpoint(
+    path: Path, policy: Policy, optimizer: Optimizer | None, state: dict[str, Any]
+) -> None:
+    """Write weights, the optimizer if given, and a small JSON-like ``state``; on all ranks."""
+    topology = policy.topology
+    if topology.is_main:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / MARKER).unlink(missing_ok=True)
+    topology.barrier()
+    # Saves are synchronous, so the writer's results need no queue between processes. Megatron would
+    # start a manager process for it, which imports this program once more: 10 s of a core per rank.
+    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    with topology.megatron_calls():
+        dist_checkpointing.save(_sharded(policy, optimizer, loading=False), str(path))
+    topology.barrier()
+    if topology.is_main:
+        temporary = path / (MARKER + ".tmp")
+        temporary.write_text(json.dumps(state))
+        temporary.replace(path / MARKER)
+    topology.barrier()
+
+
+def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer | None) -> dict[str, Any]:
+    """Read weights, and the optimizer if given, into this layout; the state that was saved.
+
+    Raises:
+        ConfigError: the folder is no complete checkpoint.
+    """
+    marker = path / MARKER
+    if not marker.is_file():
+        raise ConfigError(
+            f"{path} is no complete checkpoint: it has no {MARKER}; choose another one"
+        )
+    with policy.topology.megatron_calls():
+        sharded = _sharded(policy, optimizer, loading=True)
+        loaded: Any = dist_checkpointing.load(sharded, str(path))
+        for index, module in enumerate(policy.modules):
+            module.load_state_dict(loaded[_key(index)])
+        if optimizer is not None:
+            optimizer.optimizer.load_state_dict(loaded["optimizer"])
+            optimizer.scheduler.load_state_dict(loaded["scheduler"])
+    return json.loads(marker.read_text())
+
+
+def _key(chunk: int) -> str:
+    return f"model{chunk}"
+
+
+def _sharded(policy: Policy, optimizer: Optimizer | None, *, loading: bool) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": policy.topology.data.group,
+        # Optimizer state that another layout can read.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    model = {
+        _key(index): module.sharded_state_dict(metadata=metadata)
+        for index, module in enumerate(policy.modules)
+    }
+    state: dict[str, Any] = dict(model)
+    if optimizer is not None:
+        everything = model if len(model) > 1 else model[_key(0)]
+        state["optimizer"] = optimizer.optimizer.sharded_state_dict(
+            everything, is_loading=loading, metadata=metadata
+        )
+        state["scheduler"] = optimizer.scheduler.state_dict()
+    return state
+
+
+class WeightSnapshot:
+    """A copy of this rank's weights, kept on the CPU, that can stand in for the current ones."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._saved = [shard.parameter.detach().cpu().clone() for shard in policy.shards]
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for shard, saved in zip(self.policy.shards, self._saved, strict=True):
+            current = shard.parameter.detach().cpu().clone()
+            shard.parameter.copy_(saved)
+            saved.copy_(current)

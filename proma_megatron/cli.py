@@ -1,0 +1,80 @@
+"""The `proma` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proma_megatron.config import ConfigError, load_config
+
+app = typer.Typer(
+    help="PROMA: proximal policy updates by projected microbatch accumulation, on Megatron-Core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep `train` a subcommand of its own."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes such as trainer.steps=10.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the run that the directory holds.")
+    ] = False,
+) -> None:
+    """Train a policy. Starts one worker per rank of the layout, unless under torchrun or srun."""
+    checked = load_config(config, overrides or [])
+    from proma_megatron.launcher import train as launch  # imports torch and Megatron: seconds
+
+    launch(checked, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, drawn into one picture.")],
+    out: Annotated[Path | None, typer.Option(help="PNG to write; default RUN/report.png.")] = None,
+) -> None:
+    """Draw reward, entropy, KL and removed energy of finished or running runs."""
+    from proma_megatron.report import draw_report, summarize
+
+    target = out or runs[0] / "report.png"
+    draw_report(runs, target)
+    for run in runs:
+        figures = ", ".join(f"{key} {value:.3f}" for key, value in summarize(run).items())
+        print(f"{run}: {figures}")
+    print(f"wrote {target}")
+
+
+def main() -> None:
+    """Entry point: config errors are one sentence and exit code 2, failures exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        from proma_megatron.launcher import WorkerError
+        from proma_megatron.rollout.rewards import RewardError
+
+        if not isinstance(error, WorkerError | RewardError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

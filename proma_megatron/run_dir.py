@@ -1,0 +1,172 @@
+"""The directory of one run, ``runs/<name>``: what is in it, and who may write there.
+
+config.yaml       the complete resolved configuration
+environment.json  versions, git revision and device
+metrics.jsonl     one line per step
+samples.jsonl     a few rollouts of each step
+tensorboard/      event files
+checkpoints/      weights, optimizer state and position
+logs/             output of each rank
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import proma_megatron
+from proma_megatron.config import ConfigError
+
+_PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run; nothing here touches the disk but `write_environment`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return self.tensorboard, self.checkpoints, self.logs
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.exists() or self.metrics.exists()
+
+    def write_environment(self, device: str) -> None:
+        """Record `describe_environment` in environment.json."""
+        self.environment.write_text(json.dumps(describe_environment(device), indent=2) + "\n")
+
+
+def prepare_run_dir(path: Path, resume: bool, overwrite: bool) -> RunDir:
+    """Create ``path`` with its folders, or take over the run that it holds. For rank 0 alone.
+
+    ``overwrite`` removes the files and folders of an earlier run and leaves everything else in the
+    directory alone; ``resume`` keeps all of it.
+
+    Raises:
+        ConfigError: the directory can't be used this way, or can't be written.
+    """
+    run_dir = RunDir(path)
+    if resume and overwrite:
+        raise ConfigError(f"run directory {path} can't be both resumed and overwritten; choose one")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(
+            f"run directory {path} is a file, expected a directory; use another name or root"
+        )
+    if resume and not run_dir.holds_run:
+        raise ConfigError(f"{path} holds no run to resume; check the name, or start without resume")
+    if run_dir.holds_run and not (resume or overwrite):
+        raise ConfigError(
+            f"{path} already holds a run; pass --resume or --overwrite, or use another name"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Permission bits don't tell about root, read-only mounts or squashed network users.
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        if overwrite and run_dir.holds_run:
+            _remove_run(run_dir)
+        for folder in run_dir.folders:
+            folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run directory {path} can't be written ({error.strerror}); "
+            "use a root that you may write to"
+        ) from None
+    return run_dir
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """What a reader needs to reproduce the run: versions, git state and the device, no hostname."""
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "proma-megatron": proma_megatron.__version__,
+    }
+    for package in _PACKAGES:
+        versions[package] = _version(package)
+    checkout = Path(proma_megatron.__file__).resolve().parent.parent
+    return {"versions": versions, "git": git_state(checkout), "device": device}
+
+
+def git_state(checkout: Path) -> dict[str, Any] | None:
+    """``{"revision", "dirty"}`` of a checkout's root; None where ``checkout`` is not one.
+
+    A directory inside another project's repository, such as site-packages of a virtual
+    environment, is no checkout of this project. ``revision`` is None before the first commit;
+    untracked files that git does not ignore count as dirty.
+    """
+    root = _git(checkout, "rev-parse", "--show-toplevel")
+    if root is None or Path(root).resolve() != checkout.resolve():
+        return None
+    return {
+        "revision": _git(checkout, "rev-parse", "--verify", "--quiet", "HEAD"),
+        "dirty": bool(_git(checkout, "status", "--porcelain")),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command; None if it fails or there is no git."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    """Installed version; None for a package that is only on PYTHONPATH."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _remove_run(run_dir: RunDir) -> None:
+    # config.yaml goes last: while it is there, an interrupted removal still reads as a run.
+    for folder in run_dir.folders:
+        if folder.is_symlink():
+            folder.unlink()  # what a link points to may be another run's
+        elif folder.exists():
+            shutil.rmtree(folder)
+    for file in (run_dir.samples, run_dir.environment, run_dir.metrics, run_dir.config):
+        file.unlink(missing_ok=True)
