@@ -18,18 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from proma_megatron.config import ConfigError
 from proma_megatron.policy.model import Policy
 from proma_megatron.policy.optimizer import Optimizer
-
-MARKER = "complete.json"
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:06d}"
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the largest step, if there is one."""
-    complete = sorted(path.parent for path in folder.glob(f"step_*/{MARKER}"))
-    return complete[-1] if complete else None
+from proma_megatron.run_dir import MARKER
 
 
 def save_checkpoint(
@@ -57,6 +46,8 @@ def save_checkpoint(
 def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer | None) -> dict[str, Any]:
     """Read weights, and the optimizer if given, into this layout; the state that was saved.
 
+    Without ``optimizer``, build optimizers after this call: in bfloat16 they copy the weights.
+
     Raises:
         ConfigError: the folder is no complete checkpoint.
     """
@@ -71,8 +62,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer | None) -> 
         for index, module in enumerate(policy.modules):
             module.load_state_dict(loaded[_key(index)])
         if optimizer is not None:
-            optimizer.optimizer.load_state_dict(loaded["optimizer"])
-            optimizer.scheduler.load_state_dict(loaded["scheduler"])
+            optimizer.load_state(loaded["optimizer"], loaded["scheduler"])
     return json.loads(marker.read_text())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +65,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same fault
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         from proma_megatron.launcher import WorkerError

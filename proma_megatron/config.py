@@ -56,7 +56,8 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
-    virtual_pipeline: PositiveInt | None = None  # model chunks per pipeline stage
+    # Model chunks per pipeline stage; null: no interleaving.
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
     sequence: bool = False
     data: PositiveInt | None = None  # None: 1, or what torchrun or srun started
 
@@ -75,6 +76,8 @@ class DataConfig(Section):
     task: Literal["arithmetic"] = "arithmetic"
     train_problems: PositiveInt = 20_000
     validation_problems: PositiveInt = 128
+    largest_number: Annotated[int, Field(ge=2)] = 50  # in a generated question
+    solution_steps: Literal[1, 2] = 2  # lines of arithmetic in a generated solution, at most
     train_file: Path | None = None  # JSONL with `question` and `answer`, instead of the generator
     validation_file: Path | None = None
     seed: int = 0
@@ -146,6 +149,7 @@ class WarmStartConfig(Section):
 
     steps: NonNegativeInt = 0
     sequences_per_step: PositiveInt = 64
+    guesses: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of demonstrations without the work
     lr: PositiveFloat = 2e-3
     warmup_steps: NonNegativeInt = 10
     decay: Literal["constant", "linear", "cosine"] = "cosine"
@@ -154,8 +158,8 @@ class WarmStartConfig(Section):
 class TrainerConfig(Section):
     steps: PositiveInt = 50
     validate_every: NonNegativeInt = 20  # greedy accuracy; 0: only before and after
-    kl_every: NonNegativeInt = 10  # KL to the policy that RL started from; 0: only at the end
-    save_every: NonNegativeInt = 0  # 0: only after the last step
+    kl_every: NonNegativeInt = 1  # KL to the policy that RL started from; 0: only at the end
+    save_every: NonNegativeInt = 0  # 0: only before RL and after the last step
     log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
     timeout_minutes: PositiveFloat = 10.0  # of one collective
     threads: PositiveInt = 1  # CPU threads per process, where there is no GPU
@@ -267,6 +271,11 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"rollout.prompts_per_step is {rollout.prompts_per_step}, expected a multiple of "
             f"parallel.data x batching.minibatches = {data_parallel * batch.minibatches}"
+        )
+    if config.optimizer.distributed and config.model.dtype == "float64":
+        yield (
+            "optimizer.distributed is true with model.dtype=float64, which Megatron's distributed "
+            "optimizer does not take; use float32 or bfloat16"
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield (

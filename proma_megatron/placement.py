@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from proma_megatron.config import ConfigError, ParallelConfig
+from proma_megatron.config import ConfigError, ParallelConfig, RunConfig
 
 
 def choose_device(requested: str, local_world_size: int) -> str:
@@ -22,6 +22,30 @@ def choose_device(requested: str, local_world_size: int) -> str:
     if requested == "cpu" or available < local_world_size:
         return "cpu"
     return "cuda"
+
+
+def check_precision(config: RunConfig, device: str) -> None:
+    """Whether Megatron's optimizer takes this precision there; ConfigError if not."""
+    if device == "cuda" and config.model.dtype == "float64" and config.optimizer.clip_grad > 0:
+        raise ConfigError(
+            "model.dtype is float64 on GPUs, where Megatron's gradient clipping takes float32 "
+            "only; set optimizer.clip_grad=0, or device=cpu"
+        )
+
+
+def check_replicas(config: RunConfig, world: int) -> None:
+    """Whether every replica gets the same number of prompts; ConfigError if not.
+
+    The number of replicas may be known only now, from the processes that torchrun started.
+    """
+    check_world_size(config.parallel, world)
+    replicas = world // config.parallel.model_size
+    shares = replicas * config.batching.minibatches
+    if config.rollout.prompts_per_step % shares:
+        raise ConfigError(
+            f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, expected a multiple "
+            f"of {replicas} replicas x batching.minibatches = {shares}"
+        )
 
 
 def check_world_size(parallel: ParallelConfig, world: int) -> None:

@@ -4,6 +4,8 @@ config.yaml       the complete resolved configuration
 environment.json  versions, git revision and device
 metrics.jsonl     one line per step
 samples.jsonl     a few rollouts of each step
+tokenizer.model   where the configuration names none
+unscored_*.jsonl  rollouts that a failing reward function left without one
 tensorboard/      event files
 checkpoints/      weights, optimizer state and position
 logs/             output of each rank
@@ -23,6 +25,8 @@ from typing import Any
 
 import proma_megatron
 from proma_megatron.config import ConfigError
+
+MARKER = "complete.json"  # written into a checkpoint last, when all ranks have finished
 
 _PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
 
@@ -62,6 +66,22 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that this run trained."""
+        return self.path / "tokenizer.model"
+
+    def unscored(self, step: int) -> Path:
+        return self.path / f"unscored_step_{step:06d}.jsonl"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:06d}"
+
+    def latest_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the largest step, if there is one."""
+        complete = sorted(path.parent for path in self.checkpoints.glob(f"step_*/{MARKER}"))
+        return complete[-1] if complete else None
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         return self.tensorboard, self.checkpoints, self.logs
 
@@ -93,6 +113,11 @@ def prepare_run_dir(path: Path, resume: bool, overwrite: bool) -> RunDir:
         )
     if resume and not run_dir.holds_run:
         raise ConfigError(f"{path} holds no run to resume; check the name, or start without resume")
+    if resume and run_dir.latest_checkpoint() is None:
+        raise ConfigError(
+            f"{run_dir.checkpoints} holds no complete checkpoint to resume from; start again with "
+            "--overwrite"
+        )
     if run_dir.holds_run and not (resume or overwrite):
         raise ConfigError(
             f"{path} already holds a run; pass --resume or --overwrite, or use another name"
@@ -162,6 +187,9 @@ def _version(package: str) -> str | None:
 
 
 def _remove_run(run_dir: RunDir) -> None:
+    for file in run_dir.path.glob("unscored_step_*.jsonl"):
+        file.unlink()
+    run_dir.tokenizer.unlink(missing_ok=True)
     # config.yaml goes last: while it is there, an interrupted removal still reads as a run.
     for folder in run_dir.folders:
         if folder.is_symlink():

@@ -6,34 +6,40 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
-
-import torch
 
 from proma_megatron.batching.advantages import group_relative
 from proma_megatron.batching.packing import loss_tokens, pack, plan_microbatches
-from proma_megatron.checkpoint import (
-    WeightSnapshot,
-    checkpoint_path,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from proma_megatron.config import ConfigError, RunConfig
+from proma_megatron.checkpoint import WeightSnapshot, load_checkpoint, save_checkpoint
+from proma_megatron.config import RunConfig
 from proma_megatron.metrics import Stopwatch
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.schedule import Sums, evaluate_logprobs, forward_backward
+from proma_megatron.policy.schedule import Sums, evaluate_logprobs, forward_backward, kl_estimate
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.diagnostics import Tally
-from proma_megatron.records import Microbatch, Prompt, RolloutGroup, StepReport, TrainingSequence
+from proma_megatron.records import (
+    Microbatch,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    StepReport,
+    TrainingSequence,
+)
 from proma_megatron.reporting import Reporter
-from proma_megatron.rollout.collect import group, sample_rollouts, score_rollouts
+from proma_megatron.rollout.collect import (
+    describe,
+    group,
+    sample_rollouts,
+    samples_of,
+    score_rollouts,
+    share,
+)
+from proma_megatron.rollout.demonstrations import Demonstrations
 from proma_megatron.rollout.generator import SamplingOptions
 from proma_megatron.rollout.rewards import RewardError, load_reward
 from proma_megatron.rollout.source import Data
-from proma_megatron.run_dir import RunDir
+from proma_megatron.run_dir import MARKER, RunDir
 from proma_megatron.topology import Topology
 
 
@@ -61,9 +67,7 @@ class Trainer:
         )
         self.accumulator = self._build_accumulator()
         self.loss = self._choose_loss()
-        self.optimizer = Optimizer(
-            self.policy, config.optimizer, config.trainer.steps * config.batching.minibatches
-        )
+        self.optimizer: Optimizer | None = None  # built once RL's first weights are there
         self.stopwatch = Stopwatch()
         self.done = 0  # RL steps that the weights have seen
         self.prompts_seen = data.train.state()  # the stream's position after those
@@ -109,6 +113,7 @@ class Trainer:
             self._resume()
         else:
             self._warm_start()
+            self.optimizer = self._build_optimizer()
             self._save()
         if self.initial is None:
             self.initial = WeightSnapshot(self.policy)
@@ -116,7 +121,8 @@ class Trainer:
         self.reporter.start("rl", total, completed=self.done)
         try:
             if self.done == 0:
-                self.reporter.message(f"validation before RL: {self.validate():.3f}")
+                before = {"validation/accuracy": self.validate()}
+                self.reporter.write(StepReport(0, before), "rl")
             for step in range(self.done + 1, total + 1):
                 self.reporter.write(self.step(step), "rl")
                 if step == total or (every and step % every == 0):
@@ -134,7 +140,7 @@ class Trainer:
             with self.stopwatch.phase("score"):
                 groups = self._score(rollouts, step)
             sequences = [self._sequences(found) for found in groups]
-            metrics = self._describe(groups)
+            metrics = describe(groups)
             with self.stopwatch.phase("train"):
                 metrics |= self._train(sequences)
             self.done, self.prompts_seen = step, self.data.train.state()
@@ -143,30 +149,29 @@ class Trainer:
                     metrics["policy/kl_initial"] = self._kl_to_initial(sequences)
             if self._due(step, self.config.trainer.validate_every):
                 with self.stopwatch.phase("validation"):
-                    metrics["validation/accuracy"] = self.validate()
+                    metrics |= self._validate_after(step, metrics, groups)
         metrics |= self.stopwatch.seconds()
         metrics["tokens/second"] = metrics["tokens/trained"] / metrics["seconds/step"]
-        return StepReport(step, metrics, self._samples(groups, step))
+        return StepReport(step, metrics, samples_of(groups, self.config.trainer.log_samples))
 
     def _due(self, step: int, every: int) -> bool:
         return step == self.config.trainer.steps or (every > 0 and step % every == 0)
 
     # ------------------------------------------------------------------ rollouts
 
-    def _generate(self, prompts: Sequence[Prompt], step: int) -> list[Any]:
+    def _generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """Rollouts of this replica's share of the prompts."""
-        mine = list(prompts)[self.topology.data.rank :: self.topology.data.size]
         return sample_rollouts(
             self.policy,
             self.data.tokenizer,
-            mine,
+            share(prompts, self.topology),
             self.config.rollout.samples_per_prompt,
             self.sampling,
             seed=self.config.seed,
             step=step,
         )
 
-    def _score(self, rollouts: list[Any], step: int) -> list[RolloutGroup]:
+    def _score(self, rollouts: list[Rollout], step: int) -> list[RolloutGroup]:
         """Scored groups of all replicas, in the order of the prompts, on every rank."""
         try:
             scored = score_rollouts(self.policy, rollouts, self.reward)
@@ -175,14 +180,13 @@ class Trainer:
             raise
         groups = group(scored, self.config.rollout.samples_per_prompt)
         shares = self.topology.gather_over_data(groups)
-        return [share[at] for at in range(len(groups)) for share in shares]
+        return [found for place in zip(*shares, strict=True) for found in place]
 
-    def _keep_unscored(self, rollouts: list[Any], step: int) -> None:
+    def _keep_unscored(self, rollouts: list[Rollout], step: int) -> None:
         """Write the rollouts that a failed reward function would lose."""
-        everything = [r for share in self.topology.gather_over_data(rollouts) for r in share]
+        everything = [r for part in self.topology.gather_over_data(rollouts) for r in part]
         if self.topology.is_main:
-            path = self.run_dir.path / f"unscored_step_{step:06d}.jsonl"
-            with path.open("w") as file:
+            with self.run_dir.unscored(step).open("w") as file:
                 for rollout in everything:
                     row = {
                         "problem": rollout.prompt.problem.id,
@@ -195,16 +199,25 @@ class Trainer:
 
     def validate(self) -> float:
         """Mean reward of greedy completions over the validation split."""
-        count = self.config.data.validation_problems
-        prompts = self.data.validation.all()[:count]
-        mine = prompts[self.topology.data.rank :: self.topology.data.size]
+        mine = share(self.data.validation.all(), self.topology)
         greedy = dataclasses.replace(self.sampling, greedy=True)
         rollouts = sample_rollouts(
             self.policy, self.data.tokenizer, mine, 1, greedy, seed=0, step=0
         )
         rewards = [s.reward for s in score_rollouts(self.policy, rollouts, self.reward)]
-        total = [value for share in self.topology.gather_over_data(rewards) for value in share]
+        total = [value for part in self.topology.gather_over_data(rewards) for value in part]
         return sum(total) / len(total)
+
+    def _validate_after(
+        self, step: int, metrics: dict[str, float], groups: Sequence[RolloutGroup]
+    ) -> dict[str, float]:
+        """Validation of the updated policy; if its rewards fail, the step's record is kept."""
+        try:
+            return {"validation/accuracy": self.validate()}
+        except RewardError:
+            samples = samples_of(groups, self.config.trainer.log_samples)
+            self.reporter.write(StepReport(step, metrics, samples), "rl")
+            raise
 
     # ------------------------------------------------------------------ training
 
@@ -232,9 +245,9 @@ class Trainer:
         count = self.config.batching.minibatches
         size = len(groups) // count
         metrics: dict[str, float] = {}
-        tally = Tally()
-        sums = Sums()
+        tally, sums = Tally(), Sums()
         trained = 0
+        assert self.optimizer is not None
         for index in range(count):
             minibatch = [s for found in groups[index * size : (index + 1) * size] for s in found]
             sums = self._accumulate(minibatch, self.loss, self.accumulator)
@@ -249,6 +262,11 @@ class Trainer:
                     "policy/logprob_mismatch_max": sums.worst_mismatch,
                 }
             metrics |= update
+        if self.accumulator is not None and not tally.solved:
+            self.reporter.message(
+                "nothing was projected: each replica's minibatch fits into one microbatch; "
+                "lower batching.tokens_per_microbatch"
+            )
         metrics["policy/kl_rollout"] = sums.kl / sums.tokens
         metrics["loss/policy"] = -sums.objective / sums.tokens
         metrics["tokens/trained"] = float(trained)
@@ -312,8 +330,7 @@ class Trainer:
             total, count = 0.0, 0.0
             for microbatch, initial in zip(microbatches, logprobs, strict=True):
                 mask = microbatch.loss_mask > 0
-                delta = initial.double()[mask] - microbatch.old_logprobs[mask]
-                total += float((torch.expm1(delta) - delta).sum())
+                total += kl_estimate(initial[mask], microbatch.old_logprobs[mask])
                 count += float(mask.sum())
             value = (total, count)
         shares = self.topology.gather_over_data(self.topology.from_last_stage(value))
@@ -325,73 +342,54 @@ class Trainer:
         if not warm.steps:
             return
         schedule = self.config.optimizer.model_copy(
-            update={"lr": warm.lr, "warmup_steps": warm.warmup_steps, "decay": warm.decay}
+            update={
+                "lr": warm.lr,
+                "min_lr": min(warm.lr, self.config.optimizer.min_lr),
+                "warmup_steps": warm.warmup_steps,
+                "decay": warm.decay,
+            }
         )
         optimizer = Optimizer(self.policy, schedule, warm.steps)
+        demonstrations = Demonstrations(self.data.supervised, warm.guesses, self.config.seed)
         self.reporter.start("warm_start", warm.steps)
         for step in range(1, warm.steps + 1):
             started = time.perf_counter()
-            sequences = [
-                self.data.supervised.supervised_sequence(prompt.problem)
-                for prompt in self.data.supervised.take(warm.sequences_per_step)
-            ]
             sums = self._accumulate(
-                sequences, LossOptions("supervised"), accumulator=None, temperature=1.0
+                demonstrations.take(warm.sequences_per_step),
+                LossOptions("supervised"),
+                accumulator=None,
+                temperature=1.0,
             )
             metrics = {"loss/supervised": sums.surprise / sums.tokens, **optimizer.step()}
             metrics["seconds/step"] = time.perf_counter() - started
             self.reporter.write(StepReport(step, metrics), "warm_start")
 
-    # ------------------------------------------------------------------ records
+    # ------------------------------------------------------------------ checkpoints
 
-    def _describe(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        scored = [sample for found in groups for sample in found.samples]
-        rewards = torch.tensor([sample.reward for sample in scored], dtype=torch.float64)
-        lengths = [len(sample.rollout.tokens) for sample in scored]
-        flat = sum(len({s.reward for s in found.samples}) == 1 for found in groups)
-        return {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std(correction=0)),
-            "reward/equal_groups": flat / len(groups),
-            "rollout/length": sum(lengths) / len(lengths),
-            "rollout/truncated": sum(not s.rollout.finished for s in scored) / len(scored),
-        }
-
-    def _samples(self, groups: Sequence[RolloutGroup], step: int) -> tuple[dict[str, Any], ...]:
-        """The first rollouts of the step's first groups."""
-        chosen = [found.samples[0] for found in groups[: self.config.trainer.log_samples]]
-        return tuple(
-            {
-                "step": step,
-                "problem": sample.rollout.prompt.problem.id,
-                "prompt": sample.rollout.prompt.text,
-                "completion": sample.rollout.text,
-                "answer": sample.rollout.prompt.problem.answer,
-                "reward": sample.reward,
-                "finished": sample.rollout.finished,
-            }
-            for sample in chosen
-        )
+    def _build_optimizer(self) -> Optimizer:
+        updates = self.config.trainer.steps * self.config.batching.minibatches
+        return Optimizer(self.policy, self.config.optimizer, updates)
 
     def _save(self) -> None:
+        path = self.run_dir.checkpoint(self.done)
+        if (path / MARKER).exists():
+            return  # of this very step; writing it again would only put it at risk
         save_checkpoint(
-            checkpoint_path(self.run_dir.checkpoints, self.done),
+            path,
             self.policy,
-            self.optimizer,
+            self.optimizer if self.done else None,  # before its first step, Adam has no state
             {"step": self.done, "prompts": self.prompts_seen},
         )
+        self.reporter.message(f"saved {path}")
 
     def _resume(self) -> None:
         """Load the newest checkpoint and the policy that RL started from."""
-        folder = self.run_dir.checkpoints
-        newest, first = latest_checkpoint(folder), checkpoint_path(folder, 0)
-        if newest is None:
-            raise ConfigError(
-                f"{folder} holds no complete checkpoint; start again with --overwrite"
-            )
+        newest, first = self.run_dir.latest_checkpoint(), self.run_dir.checkpoint(0)
+        assert newest is not None, "prepare_run_dir refuses to resume without a checkpoint"
         load_checkpoint(first, self.policy, None)
         self.initial = WeightSnapshot(self.policy)
-        state = load_checkpoint(newest, self.policy, self.optimizer)
+        self.optimizer = self._build_optimizer()
+        state = load_checkpoint(newest, self.policy, None if newest == first else self.optimizer)
         self.data.train.restore(state["prompts"])
         self.prompts_seen = self.data.train.state()
         self.done = int(state["step"])

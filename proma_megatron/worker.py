@@ -1,7 +1,7 @@
-"""One rank of a run: join the process group, build the trainer, run, leave.
+"""One rank of a run: check, join the process group, build the trainer, run, leave.
 
 Started by `launcher` as ``python -m proma_megatron.worker CONFIG``, or entered directly under
-torchrun and srun. A failure is written to ``logs/error_rank<r>.json`` for the launcher to show.
+torchrun and srun. A failure is written to ``logs/error_rank<r>.json`` and ends the process at once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from proma_megatron.config import ConfigError, RunConfig, load_config
-from proma_megatron.placement import choose_device
+from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.reporting import Live, Reporter, Silent
-from proma_megatron.rollout.rewards import RewardError
+from proma_megatron.rollout.rewards import RewardError, load_reward
 from proma_megatron.rollout.source import prepare_data
 from proma_megatron.run_dir import RunDir
 from proma_megatron.topology import layout, process_group
@@ -27,20 +28,29 @@ from proma_megatron.trainer import Trainer
 
 
 def run_worker(config: RunConfig, resume: bool) -> None:
-    """The run of this rank, from torchrun's environment variables."""
+    """The run of this rank, from torchrun's environment variables.
+
+    The run directory and its tokenizer are there once the process group is: the launcher, or rank
+    0, has made them. What can be checked alone is checked before, on every rank.
+    """
+    check_replicas(config, int(os.environ["WORLD_SIZE"]))
     device_type = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    check_precision(config, device_type)
+    load_reward(config.reward.function)
     if device_type == "cpu":
         torch.set_num_threads(config.trainer.threads)
     run_dir = RunDir(config.run_dir)
-    with (
-        process_group(device_type, config.trainer.timeout_minutes) as device,
-        layout(config.parallel, device, config.seed, config.trainer.timeout_minutes) as topology,
-    ):
-        # The first rank may have to train the tokenizer; the others find it on disk.
-        tokenizer = run_dir.path / "tokenizer.model"
-        data = prepare_data(config, tokenizer) if topology.is_main else None
-        topology.barrier()
-        data = data or prepare_data(config, tokenizer)
+    with process_group(device_type, config.trainer.timeout_minutes) as device:
+        try:
+            _run_in_group(config, run_dir, device, resume)
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            fail(run_dir, error)
+
+
+def _run_in_group(config: RunConfig, run_dir: RunDir, device: torch.device, resume: bool) -> None:
+    minutes = config.trainer.timeout_minutes
+    with layout(config.parallel, device, config.seed, minutes) as topology:
+        data = prepare_data(config, run_dir.tokenizer)
         reporter: Reporter = Silent()
         if topology.is_main:
             run_dir.write_environment(_device_name(device))
@@ -55,38 +65,47 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def error_path(logs: Path, rank: int) -> Path:
-    return logs / f"error_rank{rank}.json"
+def fail(run_dir: RunDir, error: BaseException) -> NoReturn:
+    """Record what stopped this rank and end the process, without waiting for the other ranks.
+
+    Leaving in an orderly way would tear down the process group first, which can wait for peers
+    that are still inside a collective.
+    """
+    record_error(run_dir.logs, error)
+    if "PROMA_LAUNCHER" not in os.environ:  # the launcher shows the first error of all ranks
+        expected = isinstance(error, ConfigError | RewardError)
+        if not expected:
+            traceback.print_exception(error)
+        elif os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr)
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if isinstance(error, ConfigError) else 1)
 
 
 def record_error(logs: Path, error: BaseException) -> None:
-    """Write what stopped this rank; user errors without a traceback."""
-    expected = isinstance(error, ConfigError | RewardError)
+    """Write what stopped this rank to ``logs/error_rank<r>.json``."""
     record = {
         "rank": int(os.environ.get("RANK", "0")),
         "time": time.time(),
         "kind": type(error).__name__,
         "message": str(error),
         "config": isinstance(error, ConfigError),
-        "traceback": None if expected else traceback.format_exc(),
+        "traceback": "".join(traceback.format_exception(error)),
     }
-    error_path(logs, record["rank"]).write_text(json.dumps(record))
+    (logs / f"error_rank{record['rank']}.json").write_text(json.dumps(record))
 
 
-def main() -> int:
+def main() -> None:
     path, *flags = sys.argv[1:]
     config = load_config(Path(path))
     try:
         run_worker(config, resume="--resume" in flags)
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        record_error(RunDir(config.run_dir).logs, error)
-        for child in multiprocessing.active_children():
-            child.kill()
-        # Interpreter shutdown would wait for collectives of ranks that are still in the run.
-        sys.stdout.flush()
-        os._exit(1)
-    return 0
+    except Exception as error:
+        fail(RunDir(config.run_dir), error)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

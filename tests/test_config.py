@@ -56,6 +56,10 @@ def test_a_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
         ),
         ({"parallel": {"pipeline": 3}}, ["model.layers is 4", "pipeline=3", "multiple of 3"]),
         ({"parallel": {"virtual_pipeline": 2}}, ["virtual_pipeline is 2", "pipeline=1"]),
+        (
+            {"parallel": {"virtual_pipeline": 1, "pipeline": 2}},
+            ["parallel.virtual_pipeline is 1", "greater than or equal to 2"],
+        ),
         ({"parallel": {"sequence": True}}, ["parallel.sequence", "at least 2"]),
         ({"rollout": {"samples_per_prompt": 1}}, ["samples_per_prompt is 1", "at least 2"]),
         (
@@ -74,6 +78,10 @@ def test_a_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
         ({"tokenizer": {"path": "no.model"}}, ["tokenizer.path is no.model", "check the path"]),
         ({"reward": {"function": "nonsense"}}, ["'nonsense'", "package.module:function"]),
         ({"reward": {"function": "no_such_module:f"}}, ["no module 'no_such_module'"]),
+        (
+            {"optimizer": {"distributed": True}, "model": {"dtype": "float64"}},
+            ["optimizer.distributed", "float64", "float32"],
+        ),
         ({"optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, ["optimizer.min_lr is 0.01", "at most"]),
         ({"optimizer": {"lr": float("nan")}}, ["optimizer.lr", "nan"]),
     ],

@@ -16,12 +16,15 @@ from proma_megatron.policy.model import Policy
 class Optimizer:
     """Stock Adam over the policy's ``main_grad``, with clipping, warm-up and decay.
 
+    In bfloat16 it keeps float32 master weights, copied from the model when it is built: build it
+    after the weights are there.
+
     Args:
         total_steps: optimizer steps over which the learning rate decays.
     """
 
     def __init__(self, policy: Policy, config: OptimizerConfig, total_steps: int) -> None:
-        self.policy = policy
+        self.policy, self.config = policy, config
         dtype = policy.config.params_dtype
         with policy.topology.megatron_calls():
             self.optimizer: Any = get_megatron_optimizer(
@@ -47,14 +50,25 @@ class Optimizer:
                 max_lr=config.lr,
                 min_lr=config.min_lr,
                 lr_warmup_steps=config.warmup_steps,
+                # One more, or the last update would have a rate of min_lr, which may be 0; and
                 # Megatron wants warm-up to end before decay does.
-                lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+                lr_decay_steps=max(total_steps, config.warmup_steps) + 1,
                 lr_decay_style=config.decay,
                 start_wd=config.weight_decay,
                 end_wd=config.weight_decay,
                 wd_incr_steps=max(total_steps, 1),
                 wd_incr_style="constant",
+                # A resumed run follows its own configuration, at the step of the checkpoint.
+                use_checkpoint_opt_param_scheduler=False,
+                override_opt_param_scheduler=True,
             )
+
+    def load_state(self, optimizer: Any, scheduler: Any) -> None:
+        """Continue from a checkpoint's state, at the rates of this configuration."""
+        self.optimizer.load_state_dict(optimizer)
+        for group in self.optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = self.config.lr, self.config.min_lr
+        self.scheduler.load_state_dict(scheduler)
 
     def step(self) -> dict[str, float]:
         """Update the weights from ``main_grad``; the gradient's norm and the rate that was used."""

@@ -171,6 +171,19 @@ def _finalize(
     finalize_model_grads(chunks, None, **kwargs)
 
 
+def kl_estimate(other: torch.Tensor, sampled: torch.Tensor) -> float:
+    """Sum over tokens of the k3 estimate of KL(p, q): ``exp(q - p) - 1 - (q - p)``.
+
+    Args:
+        other: log q of tokens that were sampled from p, (n,).
+        sampled: log p of the same tokens, (n,).
+
+    Source: J. Schulman, "Approximating KL divergence", 2020.
+    """
+    delta = other.double() - sampled.double()
+    return float((torch.expm1(delta) - delta).sum())
+
+
 def _sums(logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch) -> Sums:
     mask = microbatch.loss_mask > 0
     picked = logprobs.double()[mask]
@@ -183,9 +196,17 @@ def _sums(logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch)
             weighted.sum(),
             entropy.double()[mask].sum(),
             -picked.sum(),
-            (torch.expm1(delta) - delta).sum(),
             delta.abs().sum(),
             delta.abs().max(),
         ]
     ).tolist()
-    return Sums(float(len(picked)), *values)
+    objective, entropy_sum, surprise, mismatch, worst = values
+    return Sums(
+        tokens=float(len(picked)),
+        objective=objective,
+        entropy=entropy_sum,
+        surprise=surprise,
+        kl=kl_estimate(picked, microbatch.old_logprobs[mask]),
+        mismatch=mismatch,
+        worst_mismatch=worst,
+    )

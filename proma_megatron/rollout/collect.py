@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import batched
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from proma_megatron.rollout.generator import SamplingOptions, generate
 from proma_megatron.rollout.rewards import RewardError, RewardFunction, score
 from proma_megatron.rollout.sampling import noise
 from proma_megatron.rollout.tokenizer import Tokenizer
+from proma_megatron.topology import Topology
 
 
 def sample_rollouts(
@@ -27,13 +29,17 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """``samples`` rollouts of each prompt of this replica, a prompt's samples side by side."""
     wanted = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+    # A prompt's place among those of all replicas, see `share`: the same in every layout.
+    axis = policy.topology.data
+    places = range(axis.rank, axis.rank + axis.size * len(prompts), axis.size)
     if options.greedy:
         uniform = torch.zeros((len(wanted), 0))
     else:
         uniform = torch.stack(
             [
-                noise(seed, step, prompt.problem.id, sample, options.max_new_tokens)
-                for prompt, sample in wanted
+                noise(seed, step, place, sample, options.max_new_tokens)
+                for place in places
+                for sample in range(samples)
             ]
         )
     completions = generate(
@@ -77,8 +83,44 @@ def score_rollouts(
     return [ScoredRollout(rollout, value) for rollout, value in zip(rollouts, outcome, strict=True)]
 
 
+def share(prompts: Sequence[Prompt], topology: Topology) -> list[Prompt]:
+    """This replica's part of the prompts: every n-th."""
+    return list(prompts[topology.data.rank :: topology.data.size])
+
+
 def group(scored: Sequence[ScoredRollout], samples: int) -> list[RolloutGroup]:
     """Rollouts in the order of `sample_rollouts`, by prompt."""
     return [
         RolloutGroup(members[0].rollout.prompt, members) for members in batched(scored, samples)
     ]
+
+
+def describe(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Rewards and lengths of a step's rollouts."""
+    scored = [sample for found in groups for sample in found.samples]
+    rewards = torch.tensor([sample.reward for sample in scored], dtype=torch.float64)
+    lengths = [len(sample.rollout.tokens) for sample in scored]
+    equal = sum(len({sample.reward for sample in found.samples}) == 1 for found in groups)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std(correction=0)),
+        "reward/equal_groups": equal / len(groups),
+        "rollout/length": sum(lengths) / len(lengths),
+        "rollout/truncated": sum(not s.rollout.finished for s in scored) / len(scored),
+    }
+
+
+def samples_of(groups: Sequence[RolloutGroup], count: int) -> tuple[dict[str, Any], ...]:
+    """The first rollout of the first groups, for a reader."""
+    chosen = [found.samples[0] for found in groups[:count]]
+    return tuple(
+        {
+            "problem": sample.rollout.prompt.problem.id,
+            "prompt": sample.rollout.prompt.text,
+            "completion": sample.rollout.text,
+            "answer": sample.rollout.prompt.problem.answer,
+            "reward": sample.reward,
+            "finished": sample.rollout.finished,
+        }
+        for sample in chosen
+    )

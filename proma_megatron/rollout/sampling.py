@@ -7,11 +7,11 @@ import hashlib
 import torch
 
 
-def noise(seed: int, step: int, prompt: str, sample: int, count: int) -> torch.Tensor:
+def noise(seed: int, step: int, prompt: int, sample: int, count: int) -> torch.Tensor:
     """(count,) uniform numbers that belong to one rollout.
 
-    A function of these arguments alone: what is sampled does not depend on the batch a rollout
-    decodes in, nor on the layout.
+    A function of these arguments alone (``prompt`` is a place among the step's prompts): what is
+    sampled does not depend on the batch a rollout decodes in, nor on the layout.
     """
     digest = hashlib.sha256(f"{seed}:{step}:{prompt}:{sample}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -18,7 +18,6 @@ class Data:
     train: PromptSource  # RL prompts
     supervised: PromptSource  # the same problems in another order, for the warm start
     validation: PromptSource
-    problems: tuple[Problem, ...]  # of the training split
 
 
 def load_splits(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
@@ -37,9 +36,10 @@ def load_splits(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
                 f"for example '{min(shared)[:80]}'; remove them from one of the two"
             )
         return train, validation
+    difficulty = {"largest": data.largest_number, "steps": data.solution_steps}
     return (
-        generate_problems("train", data.train_problems, data.seed),
-        generate_problems("validation", data.validation_problems, data.seed),
+        generate_problems("train", data.train_problems, data.seed, **difficulty),
+        generate_problems("validation", data.validation_problems, data.seed, **difficulty),
     )
 
 
@@ -62,10 +62,29 @@ def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
             train_tokenizer(texts, path, config.tokenizer.vocab_size)
     tokenizer = SentencePieceTokenizer(path)
     limit = config.rollout.max_prompt_tokens
-    return Data(
+    if len(train) < config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"there are {len(train)} training problems, fewer than rollout.prompts_per_step="
+            f"{config.rollout.prompts_per_step}; add problems or take fewer a step"
+        )
+    data = Data(
         tokenizer=tokenizer,
         train=PromptSource(train, tokenizer, limit, config.seed),
         supervised=PromptSource(train, tokenizer, limit, config.seed + 1),
         validation=PromptSource(validation, tokenizer, limit, config.seed),
-        problems=tuple(train),
     )
+    if config.warm_start.steps:
+        _check_demonstrations(data.supervised, train, config.batching.tokens_per_microbatch)
+    return data
+
+
+def _check_demonstrations(source: PromptSource, problems: list[Problem], budget: int) -> None:
+    """Whether every worked answer fits into a microbatch with its prompt; ConfigError if not."""
+    for problem in problems:
+        length = len(source.supervised_sequence(problem).tokens)
+        if length > budget:
+            raise ConfigError(
+                f"the worked answer of problem '{problem.id}' makes a sequence of {length} tokens, "
+                f"more than batching.tokens_per_microbatch={budget}; raise the budget or remove "
+                "the problem"
+            )

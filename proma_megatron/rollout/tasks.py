@@ -87,11 +87,15 @@ class Template:
         """How many different questions this template makes."""
         return len(self.numbers) * len(self.people) * len(ITEMS)
 
+    def numbers_of(self, index: int) -> Numbers:
+        """The numbers in the question of problem number ``index``."""
+        return self.numbers[index // len(ITEMS) // len(self.people)]
+
     def problem(self, index: int) -> Problem:
         """Problem number ``index``, 0 <= index < size."""
         index_without_item, item = divmod(index, len(ITEMS))
-        number, pair = divmod(index_without_item, len(self.people))
-        numbers = self.numbers[number]
+        pair = index_without_item % len(self.people)
+        numbers = self.numbers_of(index)
         name, other = self.people[pair]
         values = dict(zip("abc", numbers, strict=False))  # one-step templates have no c
         question = self.text.format(name=name, other=other, item=ITEMS[item], **values)
@@ -207,18 +211,25 @@ def split_of(question: str) -> Split:
     return "train" if int.from_bytes(digest[:8]) % VALIDATION_SHARE else "validation"
 
 
-def generate_problems(split: Split, count: int, seed: int) -> list[Problem]:
+def generate_problems(
+    split: Split, count: int, seed: int, *, largest: int = 50, steps: int = 2
+) -> list[Problem]:
     """``count`` different problems of one split, the templates in turn while they last.
 
     The same arguments give the same list, and a smaller count gives its beginning.
 
+    Args:
+        largest: no number in a question exceeds this.
+        steps: no solution has more lines of arithmetic than this.
+
     Raises:
         ConfigError: (a ValueError) the templates have fewer problems than that in this split.
     """
-    total = sum(template.size for template in TEMPLATES)
+    templates = [template for template in TEMPLATES if len(template.steps) <= steps]
+    total = sum(template.size for template in templates)
     problems: list[Problem] = []
     # A count beyond both splits together fails at once, without a walk over millions of problems.
-    sources = [_walk(template, split, seed) for template in TEMPLATES] if count <= total else []
+    sources = [_walk(t, split, seed, largest) for t in templates] if count <= total else []
     while sources and len(problems) < count:
         drawn = [(source, next(source, None)) for source in sources]
         sources = [source for source, problem in drawn if problem is not None]
@@ -227,15 +238,17 @@ def generate_problems(split: Split, count: int, seed: int) -> list[Problem]:
         limit = f"has only {len(problems):,}" if count <= total else f"has fewer than {total:,}"
         raise ConfigError(
             f"{count:,} {split} problems were asked for, but the arithmetic task {limit} different "
-            f"ones; lower data.{split}_problems"
+            f"ones; lower data.{split}_problems, or raise data.largest_number"
         )
     return problems[:count]
 
 
-def _walk(template: Template, split: Split, seed: int) -> Iterator[Problem]:
+def _walk(template: Template, split: Split, seed: int, largest: int) -> Iterator[Problem]:
     """Every problem of this template in this split once, in a seeded order."""
     generator = random.Random(f"{seed}/{template.name}")
     for index in _shuffled(template.size, generator):
+        if max(template.numbers_of(index)) > largest:
+            continue
         problem = template.problem(index)
         if split_of(problem.question) == split:
             yield problem

@@ -1,0 +1,125 @@
+"""Log-probabilities and entropy of sharded logits are those of the gathered, unpadded ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.pool import WorkerPool
+from support.vocabulary import Scored, score
+
+VOCAB = 251
+TOKENS = 23
+TEMPERATURE = 0.7
+
+
+def inputs(
+    padded: int, vocab: int = VOCAB, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (T, padded), labels (T,) that visit both ends of the vocabulary, upstream (T,)."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn((TOKENS, padded), generator=generator, dtype=torch.float64)
+    logits[:, vocab:] = 1e4  # would take all probability if it counted
+    labels = torch.linspace(0, vocab - 1, TOKENS).round().long()
+    upstream = torch.randn(TOKENS, generator=generator, dtype=torch.float64)
+    return logits.to(dtype), labels, upstream
+
+
+def reference(
+    logits: torch.Tensor, labels: torch.Tensor, upstream: torch.Tensor, vocab: int = VOCAB
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, entropy and gradient in float64; padding columns have gradient 0."""
+    full = logits.double().clone().requires_grad_()
+    log_softmax = torch.log_softmax(full[:, :vocab] / TEMPERATURE, dim=1)
+    logprobs = log_softmax[torch.arange(len(labels)), labels]
+    (grad,) = torch.autograd.grad((logprobs * upstream).sum(), full)
+    entropy = -(log_softmax.exp() * log_softmax).sum(dim=1)
+    return logprobs.detach(), entropy.detach(), grad
+
+
+def run(
+    workers: WorkerPool,
+    tensor: int,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    upstream: torch.Tensor,
+    vocab: int = VOCAB,
+    chunk: int = 5,
+) -> list[Scored]:
+    return workers.run(
+        tensor,
+        score,
+        tensor=tensor,
+        logits=logits,
+        labels=labels,
+        upstream=upstream,
+        vocab_size=vocab,
+        temperature=TEMPERATURE,
+        chunk=chunk,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "padded", "vocab"),
+    [
+        (1, 251, 251),
+        (2, 252, 251),
+        (4, 252, 251),
+        (4, 336, 251),  # the last rank holds nothing but padding
+        (4, 8, 3),  # the last two do
+    ],
+)
+def test_values_and_gradients_equal_log_softmax_of_the_full_logits(
+    workers: WorkerPool, tensor: int, padded: int, vocab: int
+) -> None:
+    logits, labels, upstream = inputs(padded, vocab)
+    logprobs, entropy, grad = reference(logits, labels, upstream, vocab)
+    ranks = run(workers, tensor, logits, labels, upstream, vocab)
+    for found in ranks:
+        torch.testing.assert_close(found.logprobs, logprobs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=1e-12)
+        assert found.logits_untouched
+    columns = torch.cat([found.grad for found in ranks], dim=1)
+    torch.testing.assert_close(columns, grad, rtol=0, atol=1e-12)
+    assert torch.equal(columns[:, vocab:], torch.zeros(TOKENS, padded - vocab).double())
+
+
+@pytest.mark.parametrize("chunk", [1, TOKENS - 1, TOKENS, TOKENS + 1])
+def test_where_chunks_end_does_not_matter(workers: WorkerPool, chunk: int) -> None:
+    logits, labels, upstream = inputs(252)
+    logprobs, entropy, grad = reference(logits, labels, upstream)
+    ranks = run(workers, 2, logits, labels, upstream, chunk=chunk)
+    torch.testing.assert_close(ranks[0].logprobs, logprobs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ranks[0].entropy, entropy, rtol=0, atol=1e-12)
+    columns = torch.cat([found.grad for found in ranks], dim=1)
+    torch.testing.assert_close(columns, grad, rtol=0, atol=1e-12)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_likely_token(workers: WorkerPool) -> None:
+    logits, labels, upstream = inputs(252)
+    logits[:, :VOCAB] += 2000.0
+    logits[torch.arange(TOKENS), labels] += 500.0
+    logprobs, entropy, grad = reference(logits, labels, upstream)
+    ranks = run(workers, 2, logits, labels, upstream)
+    torch.testing.assert_close(ranks[1].logprobs, logprobs, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ranks[1].entropy, entropy, rtol=0, atol=1e-10)
+    columns = torch.cat([found.grad for found in ranks], dim=1)
+    torch.testing.assert_close(columns, grad, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value_error", "grad_error"),
+    [(torch.float32, 1e-5, 1e-6), (torch.bfloat16, 1e-5, 0.01)],
+)
+def test_lower_precision_logits_are_reduced_in_float32(
+    workers: WorkerPool, dtype: torch.dtype, value_error: float, grad_error: float
+) -> None:
+    logits, labels, upstream = inputs(252, dtype=dtype)
+    logprobs, entropy, grad = reference(logits, labels, upstream)
+    ranks = run(workers, 2, logits, labels, upstream)
+    for found in ranks:
+        assert found.logprobs.dtype == found.entropy.dtype == torch.float32
+        assert found.grad.dtype == dtype
+        torch.testing.assert_close(found.logprobs.double(), logprobs, rtol=0, atol=value_error)
+        torch.testing.assert_close(found.entropy.double(), entropy, rtol=0, atol=value_error)
+    columns = torch.cat([found.grad for found in ranks], dim=1).double()
+    torch.testing.assert_close(columns, grad, rtol=0.01, atol=grad_error)

@@ -1,0 +1,145 @@
+"""Which entries of which Hugging Face tensor a rank holds, in every kind of layout."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from support.gradients import TINY, VOCAB, random_weights
+from support.pool import WorkerPool
+from support.shards import LocalShard, filled_then_gathered, initial_weights, local_shards
+
+from proma_megatron.config import ParallelConfig
+from proma_megatron.policy.parameters import tensor_shapes
+
+LAYOUTS = {
+    "tp1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2),
+    "tp4": ParallelConfig(tensor=4),
+    "tp4-sp": ParallelConfig(tensor=4, sequence=True),
+    "pp2": ParallelConfig(pipeline=2),
+    "vpp2": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
+    "tp2-vpp2": ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2),
+    "dp2-tp2": ParallelConfig(tensor=2, data=2),
+}
+MODELS = {
+    "qwen3-tied": TINY,
+    "qwen3-untied": TINY.model_copy(update={"tie_embeddings": False}),
+    "qwen2-untied": TINY.model_copy(
+        update={"qk_norm": False, "qkv_bias": True, "tie_embeddings": False}
+    ),
+    "qwen2-kv1": TINY.model_copy(update={"qk_norm": False, "qkv_bias": True, "kv_heads": 1}),
+    "qwen3-kv4": TINY.model_copy(update={"kv_heads": 4}),
+}
+# Every layout with the tied model; where heads are cut, also with the others.
+CASES = [("qwen3-tied", name) for name in LAYOUTS] + list(
+    itertools.product(list(MODELS)[1:], ["tp4", "tp2-pp2"])
+)
+every_case = pytest.mark.parametrize(
+    ("model_name", "layout_name"),
+    CASES,
+)
+
+
+def world_size(parallel: ParallelConfig) -> int:
+    return parallel.model_size * (parallel.data or 1)
+
+
+@functools.cache
+def shards_by_rank(
+    workers: WorkerPool, model_name: str, layout_name: str
+) -> list[list[LocalShard]]:
+    model, parallel = MODELS[model_name], LAYOUTS[layout_name]
+    return workers.run(world_size(parallel), local_shards, model=model, parallel=parallel)
+
+
+@every_case
+def test_gathering_gives_back_what_was_filled_in(
+    workers: WorkerPool, model_name: str, layout_name: str
+) -> None:
+    model, parallel = MODELS[model_name], LAYOUTS[layout_name]
+    results = workers.run(
+        world_size(parallel), filled_then_gathered, model=model, parallel=parallel, seed=5
+    )
+    full, _ = results[0]
+    expected = random_weights(model, 5)
+    assert full.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(full[name], expected[name])] == []
+    assert [left for _, left in results if left] == []
+    assert all(other == {} for other, _ in results[1:])
+
+
+@every_case
+def test_runs_cover_the_local_axis_once(
+    workers: WorkerPool, model_name: str, layout_name: str
+) -> None:
+    """Up to the rows that pad the vocabulary to a multiple of TP."""
+    parallel = LAYOUTS[layout_name]
+    for shard in itertools.chain(*shards_by_rank(workers, model_name, layout_name)):
+        hits = torch.zeros(shard.shape[shard.axis], dtype=torch.int64)
+        for run in shard.runs:
+            hits[run.local : run.local + run.length] += 1
+        padding = 0
+        if shard.name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            stop = (shard.tensor_rank + 1) * len(hits)
+            padding = max(0, stop - VOCAB)
+            assert padding < parallel.tensor
+        assert (hits[: len(hits) - padding] == 1).all(), shard
+        assert (hits[len(hits) - padding :] == 0).all(), shard
+
+
+@every_case
+def test_ranks_cover_every_tensor_once(
+    workers: WorkerPool, model_name: str, layout_name: str
+) -> None:
+    """Each tensor-parallel rank holds the whole of what is not cut; replicas hold the same."""
+    model, parallel = MODELS[model_name], LAYOUTS[layout_name]
+    shapes = tensor_shapes(model, VOCAB)
+    hits: dict[tuple[str, int], torch.Tensor] = {}
+    for shard in itertools.chain(*shards_by_rank(workers, model_name, layout_name)):
+        for run in shard.runs:
+            shape = shapes[run.tensor]
+            other = [size for axis, size in enumerate(shape) if axis != shard.axis]
+            assert other == [n for axis, n in enumerate(shard.shape) if axis != shard.axis]
+            # Whole tensors are counted on each rank by itself.
+            owner = -1 if shard.reduction == "disjoint" else shard.tensor_rank
+            count = hits.setdefault(
+                (run.tensor, owner), torch.zeros(shape[shard.axis], dtype=torch.int64)
+            )
+            assert 0 <= run.start <= run.start + run.length <= len(count)
+            count[run.start : run.start + run.length] += 1
+    assert {tensor for tensor, _ in hits} == shapes.keys()
+    for (tensor, _), count in hits.items():
+        copies = parallel.data or 1
+        if tensor == "model.embed_tokens.weight" and model.tie_embeddings:
+            copies *= min(2, parallel.pipeline)  # the first and the last stage have a table
+        assert (count == copies).all(), tensor
+
+
+@every_case
+def test_every_rank_knows_every_tensor_of_its_parameters(
+    workers: WorkerPool, model_name: str, layout_name: str
+) -> None:
+    """Ranks that disagreed about the units would disagree about what is reduced."""
+    by_parameter: dict[str, set[tuple[str, ...]]] = {}
+    for shard in itertools.chain(*shards_by_rank(workers, model_name, layout_name)):
+        tensors = tuple(dict.fromkeys(run.tensor for run in shard.runs))
+        by_parameter.setdefault(shard.name, set()).add(tensors)
+    assert [name for name, found in by_parameter.items() if len(found) != 1] == []
+
+
+@pytest.mark.parametrize("name", ["tp4", "vpp2", "tp2-pp2"])
+def test_initial_weights_are_alike_in_every_layout(workers: WorkerPool, name: str) -> None:
+    parallel = LAYOUTS[name]
+
+    def build(parallel: ParallelConfig, seed: int) -> dict[str, torch.Tensor]:
+        return workers.run(
+            world_size(parallel), initial_weights, model=TINY, parallel=parallel, seed=seed
+        )[0]
+
+    sharded, single, other = build(parallel, 3), build(ParallelConfig(), 3), build(parallel, 4)
+    assert all(torch.equal(sharded[name], single[name]) for name in single)
+    assert not torch.equal(sharded["model.embed_tokens.weight"], other["model.embed_tokens.weight"])

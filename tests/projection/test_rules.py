@@ -1,0 +1,258 @@
+"""The coefficient form against the paper's own, on vectors of dimension d."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.paper import complement, project_to_complement
+
+from proma_megatron.config import ProjectionConfig
+from proma_megatron.projection.rules import Solution, solve
+
+RULES = ["exact", "iterative", "ridge"]
+SHRINKAGES = [1.0, 0.5, 0.0]
+BOUNDS = [None, 0.5, 1e-9]
+TOLERANCE = 1e-9  # relative; spans are well conditioned, up to exact dependence
+CUTOFF = 1e-11
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One unit at one microbatch."""
+
+    accumulated: torch.Tensor  # A (d,)
+    gradients: torch.Tensor  # G (d, k)
+    advantages: torch.Tensor  # a (k,)
+
+    @property
+    def policy(self) -> torch.Tensor:
+        return self.gradients @ self.advantages
+
+    def solve(self, rule: str, shrinkage: float = 1.0, bound: float | None = None) -> Solution:
+        return solve(
+            rule,  # type: ignore[arg-type]
+            self.gradients.T @ self.gradients,
+            self.gradients.T @ self.accumulated,
+            self.advantages,
+            shrinkage=shrinkage,
+            bound=bound,
+            cutoff=CUTOFF,
+        )
+
+    def removed(self, rule: str, shrinkage: float = 1.0, bound: float | None = None):
+        """(d,) what is taken out of A, from coefficients."""
+        solution = self.solve(rule, shrinkage, bound)
+        return self.gradients @ (self.advantages - solution.coefficients)
+
+    def assert_close(self, value: torch.Tensor, expected: torch.Tensor) -> None:
+        size = self.accumulated.norm() + self.policy.norm()
+        assert (value - expected).norm() <= TOLERANCE * size
+
+
+@st.composite
+def problems(draw: st.DrawFn, silent: bool = False) -> Problem:
+    """Spans of any rank: zero sequences, copies and combinations beside independent ones.
+
+    ``silent`` sets all advantages to 0, so that coefficients are those of the removed part alone.
+    """
+    d = draw(st.integers(1, 40), label="d")
+    k = draw(st.integers(1, 8), label="k")
+    rank = draw(st.integers(0, min(d, k)), label="rank")
+    kinds = ["zero"] if rank == 0 else ["zero", "copy", "combination"]
+    rest = draw(st.lists(st.sampled_from(kinds), min_size=k - rank, max_size=k - rank))
+    scales = draw(st.lists(st.integers(-3, 3), min_size=k, max_size=k), label="scales")
+    muted = draw(st.lists(st.booleans(), min_size=k, max_size=k), label="advantage 0")
+    size = draw(st.integers(-3, 3), label="size of A")
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32), label="seed"))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    left, _ = torch.linalg.qr(normal(d, rank))
+    right, _ = torch.linalg.qr(normal(rank, rank))
+    spread = 0.3 + torch.rand(rank, generator=generator, dtype=torch.float64)
+    independent = left @ torch.diag(spread) @ right
+    columns = list(independent.T)
+    for kind in rest:
+        if kind == "zero":
+            columns.append(torch.zeros(d, dtype=torch.float64))
+        elif kind == "copy":
+            columns.append(independent[:, 0])
+        else:
+            columns.append(independent @ normal(rank))
+    order = torch.randperm(k, generator=generator)
+    gradients = torch.stack(columns, dim=1)[:, order] * 10.0 ** torch.tensor(scales).double()
+    advantages = normal(k) * (0.0 if silent else 1.0)
+    advantages[torch.tensor(muted)] = 0.0
+    return Problem(normal(d) * 10.0**size, gradients, advantages)
+
+
+@pytest.mark.parametrize("shrinkage", SHRINKAGES)
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("rule", RULES)
+@settings(deadline=None, max_examples=40)
+@given(problem=problems())
+def test_coefficients_give_the_papers_update(
+    rule: str, bound: float | None, shrinkage: float, problem: Problem
+) -> None:
+    config = ProjectionConfig(rule=rule, bound=bound, shrinkage=shrinkage)  # type: ignore[arg-type]
+    expected = (
+        complement(problem.accumulated, problem.gradients, problem.policy, config) + problem.policy
+    )
+    solution = problem.solve(rule, shrinkage, bound)
+    problem.assert_close(problem.accumulated + problem.gradients @ solution.coefficients, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(deadline=None, max_examples=100)
+@given(problem=problems(silent=True))
+def test_without_advantages_the_update_is_the_papers_projection(
+    rule: str, problem: Problem
+) -> None:
+    expected = project_to_complement(rule, problem.accumulated, problem.gradients)
+    problem.assert_close(problem.accumulated - problem.removed(rule), expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32), k=st.integers(1, 6))
+def test_exact_is_figure_3s_qr_on_independent_sequences(seed: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn((60, k), generator=generator, dtype=torch.float64)
+    accumulated = torch.randn(60, generator=generator, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(gradients, mode="reduced")
+    problem = Problem(accumulated, gradients, torch.zeros(k, dtype=torch.float64))
+    problem.assert_close(problem.removed("exact"), basis @ (basis.T @ accumulated))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(deadline=None, max_examples=50)
+@given(problem=problems())
+def test_reported_norms_are_those_of_the_vectors(rule: str, problem: Problem) -> None:
+    bound, shrinkage = 0.5, 0.75
+    solution = problem.solve(rule, shrinkage, bound)
+    unbounded = problem.accumulated - project_to_complement(
+        rule, problem.accumulated, problem.gradients
+    )
+    limit = bound * problem.policy.norm()
+    size = problem.accumulated.norm()
+    removed = shrinkage * torch.minimum(unbounded.norm(), limit)
+    assert abs(solution.policy.sqrt() - problem.policy.norm()) <= 1e-7 * problem.policy.norm()
+    assert abs(solution.removed.sqrt() - removed) <= 1e-7 * size
+    if abs(unbounded.norm() - limit) > 1e-6 * size:
+        assert bool(solution.clamped) == bool(unbounded.norm() > limit)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(deadline=None, max_examples=50)
+@given(problem=problems(silent=True))
+def test_residual_is_the_largest_overlap_that_is_left(rule: str, problem: Problem) -> None:
+    rest = problem.accumulated - problem.removed(rule)
+    norms = problem.gradients.norm(dim=0)
+    overlaps = (problem.gradients.T @ rest / norms.clamp(min=1e-300)).abs()
+    expected = overlaps[norms > 0].max() if (norms > 0).any() else torch.tensor(0.0)
+    assert abs(problem.solve(rule).residual - expected) <= TOLERANCE * problem.accumulated.norm()
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems(silent=True))
+def test_after_exact_nothing_is_left_along_any_sequence(problem: Problem) -> None:
+    rest = problem.accumulated - problem.removed("exact")
+    overlaps = problem.gradients.T @ rest
+    limit = TOLERANCE * problem.gradients.norm(dim=0) * problem.accumulated.norm()
+    assert (overlaps.abs() <= limit).all()
+    assert problem.solve("exact").residual <= TOLERANCE * problem.accumulated.norm()
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems(silent=True))
+def test_projecting_twice_is_projecting_once(problem: Problem) -> None:
+    once = problem.accumulated - problem.removed("exact")
+    again = Problem(once, problem.gradients, problem.advantages)
+    problem.assert_close(once - again.removed("exact"), once)
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems(), data=st.data())
+def test_the_order_of_sequences_does_not_matter(problem: Problem, data: st.DataObject) -> None:
+    order = torch.tensor(data.draw(st.permutations(range(problem.gradients.shape[1]))))
+    shuffled = Problem(problem.accumulated, problem.gradients[:, order], problem.advantages[order])
+    problem.assert_close(shuffled.removed("exact", 1.0, 0.5), problem.removed("exact", 1.0, 0.5))
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems(silent=True), data=st.data())
+def test_the_length_of_a_sequences_gradient_does_not_matter(
+    problem: Problem, data: st.DataObject
+) -> None:
+    which = data.draw(st.integers(0, problem.gradients.shape[1] - 1))
+    factor = data.draw(st.sampled_from([-1e3, -1.0, 1e-3, 7.0, 1e3]))
+    gradients = problem.gradients.clone()
+    gradients[:, which] *= factor
+    scaled = Problem(problem.accumulated, gradients, problem.advantages)
+    problem.assert_close(scaled.removed("exact"), problem.removed("exact"))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bound", [0.5, 1e-9, 0.0])
+@settings(deadline=None, max_examples=50)
+@given(problem=problems())
+def test_the_removed_part_stays_within_the_bound(rule: str, bound: float, problem: Problem) -> None:
+    removed = problem.removed(rule, bound=bound)
+    # P itself is rounded where sequences cancel.
+    slack = 1e-12 * (problem.gradients.norm(dim=0) * problem.advantages.abs()).sum()
+    slack = slack + 1e-7 * bound * problem.policy.norm()
+    assert removed.norm() <= bound * problem.policy.norm() + slack
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(deadline=None, max_examples=30)
+@given(problem=problems(), seed=st.integers(0, 2**32))
+def test_units_solved_together_are_solved_as_if_alone(
+    rule: str, problem: Problem, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    other = torch.randn(problem.gradients.shape, generator=generator, dtype=torch.float64)
+    silent = torch.zeros_like(other)
+    alone = [
+        Problem(problem.accumulated, gradients, problem.advantages)
+        for gradients in (problem.gradients, other, silent)
+    ]
+    together = solve(
+        rule,  # type: ignore[arg-type]
+        torch.stack([p.gradients.T @ p.gradients for p in alone]),
+        torch.stack([p.gradients.T @ p.accumulated for p in alone]),
+        problem.advantages,
+        shrinkage=0.5,
+        bound=0.5,
+        cutoff=CUTOFF,
+    )
+    for at, single in enumerate(alone):
+        solution = single.solve(rule, 0.5, 0.5)
+        single.assert_close(
+            single.gradients @ together.coefficients[at], single.gradients @ solution.coefficients
+        )
+        assert together.clamped[at] == solution.clamped
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_microbatch_of_silent_sequences_removes_nothing(rule: str) -> None:
+    zeros = torch.zeros((5, 3), dtype=torch.float64)
+    advantages = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    solution = Problem(torch.ones(5).double(), zeros, advantages).solve(rule, 1.0, 0.5)
+    assert torch.equal(solution.coefficients, advantages)
+    assert solution.removed == 0
+    assert solution.residual == 0
+    assert not solution.clamped
+
+
+def test_a_sequence_counts_once_however_often_it_is_given() -> None:
+    generator = torch.Generator().manual_seed(3)
+    one = torch.randn((12, 1), generator=generator, dtype=torch.float64)
+    accumulated = torch.randn(12, generator=generator, dtype=torch.float64)
+    single = Problem(accumulated, one, torch.zeros(1).double()).removed("exact")
+    many = Problem(accumulated, one.repeat(1, 6), torch.zeros(6).double()).removed("exact")
+    torch.testing.assert_close(many, single, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,116 @@
+"""One pool of worker processes per test session.
+
+Importing torch and Megatron takes seconds a process, so workers live for the whole session; every
+job joins a fresh default process group of as many ranks as it needs. A worker that fails sends its
+own traceback; the others, which may hang in a collective, are killed with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MAX_WORKERS = 4
+JOB_TIMEOUT = 300.0
+
+
+def backend(world_size: int) -> str:
+    """NCCL when every rank can have a GPU of its own, else Gloo."""
+    return "nccl" if torch.cuda.device_count() >= world_size else "gloo"
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return  # the session is over
+        function, arguments, world_size, store = job
+        try:
+            pipe.send((True, _run(function, arguments, rank, world_size, store)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+            return
+
+
+def _run(
+    function: Callable[..., Any], arguments: dict[str, Any], rank: int, world_size: int, store: str
+) -> Any:
+    from proma_megatron.topology import setup_device
+
+    os.environ["LOCAL_RANK"] = str(rank)
+    kind = backend(world_size)
+    device = setup_device("cuda" if kind == "nccl" else "cpu")
+    dist.init_process_group(kind, init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        # Connections are made lazily: a rank that is done before they are would break the others'.
+        dist.barrier()
+        return function(device, **arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+class WorkerPool:
+    """Runs ``function(device, **arguments)`` on the ranks of a process group."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """Results by rank. A failure on any rank raises RuntimeError with that rank's traceback."""
+        assert world_size <= MAX_WORKERS
+        context = mp.get_context("spawn")
+        while len(self._workers) < world_size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        with tempfile.TemporaryDirectory() as folder:
+            job = (function, arguments, world_size, str(Path(folder) / "store"))
+            for _, pipe in self._workers[:world_size]:
+                pipe.send(job)
+            return self._collect(world_size)
+
+    def _collect(self, world_size: int) -> list[Any]:
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + JOB_TIMEOUT
+        while len(results) < world_size:
+            for rank, (process, pipe) in enumerate(self._workers[:world_size]):
+                if rank in results or not pipe.poll(0.002):
+                    continue
+                try:
+                    good, value = pipe.recv()
+                except EOFError:
+                    process.join()
+                    self.close()
+                    raise RuntimeError(
+                        f"rank {rank} died with exit code {process.exitcode}"
+                    ) from None
+                if not good:
+                    self.close()
+                    raise RuntimeError(f"rank {rank} of {world_size} failed:\n{value}")
+                results[rank] = value
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(world_size)) - set(results))
+                self.close()
+                raise RuntimeError(f"ranks {missing} did not finish within {JOB_TIMEOUT} s")
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers.clear()

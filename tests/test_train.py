@@ -1,0 +1,216 @@
+"""The `proma train` command, from the shell: runs, run directories and refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = {
+    "model.hidden_size": 32,
+    "model.ffn_hidden_size": 64,
+    "model.layers": 2,
+    "model.head_dim": 8,
+    "data.train_problems": 200,
+    "data.validation_problems": 4,
+    "rollout.prompts_per_step": 4,
+    "rollout.samples_per_prompt": 2,
+    "rollout.max_new_tokens": 6,
+    "warm_start.steps": 2,
+    "warm_start.sequences_per_step": 4,
+    "trainer.steps": 2,
+    "trainer.validate_every": 1,
+    "trainer.kl_every": 1,
+}
+
+
+# A worked answer that no microbatch can hold.
+LONG_ANSWERS = [
+    "data.train_file=long.jsonl",
+    "data.validation_file=short.jsonl",
+    "rollout.prompts_per_step=2",
+    "batching.tokens_per_microbatch=120",
+]
+
+
+def proma(
+    *arguments: str, cwd: Path, launcher: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    program = launcher or (sys.executable,)
+    return subprocess.run(
+        [*program, "-m", "proma_megatron.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def tiny(**changes: object) -> list[str]:
+    merged = {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return [f"{key}={value}" for key, value in merged.items()]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text("name: tiny\n")
+    return path
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
+    tmp_path: Path, config: Path
+) -> None:
+    done = proma("train", str(config), *tiny(parallel__tensor=2), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "tiny"
+    found = rows(run)
+    assert [(row["phase"], row["step"]) for row in found] == [
+        ("warm_start", 1),
+        ("warm_start", 2),
+        ("rl", 0),
+        ("rl", 1),
+        ("rl", 2),
+    ]
+    for row in found[3:]:
+        assert row["policy/logprob_mismatch_max"] < 1e-5
+        assert row["policy/kl_initial"] is not None
+        assert 0 <= row["validation/accuracy"] <= 1
+    assert (run / "checkpoints" / "step_000002" / "complete.json").is_file()
+    assert json.loads((run / "environment.json").read_text())
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "completion", "reward"} <= set(sample)
+    # Rank 1 is quiet: its output is in the logs, and empty or not, not on the screen.
+    assert "rank1" not in done.stdout + done.stderr
+
+    again = proma("train", str(config), *tiny(parallel__tensor=2), cwd=tmp_path)
+    assert again.returncode == 2
+    assert "runs/tiny" in again.stderr
+    assert "--overwrite" in again.stderr
+    assert rows(run) == found
+
+    longer = tiny(parallel__tensor=2, trainer__steps=3)
+    resumed = proma("train", str(config), "--resume", *longer, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in rows(run) if row["phase"] == "rl"] == [0, 1, 2, 3]
+    assert rows(run)[: len(found)] == found
+
+    drawn = proma("report", str(run), cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_torchrun_starts_the_same_run(tmp_path: Path, config: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    arguments = tiny(parallel__pipeline=2, algorithm="grpo", batching__minibatches=2)
+    done = proma("train", str(config), *arguments, cwd=tmp_path, launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "runs" / "tiny")
+    assert [row["step"] for row in found if row["phase"] == "rl"] == [0, 1, 2]
+
+
+def test_a_failing_reward_names_the_sample_and_loses_nothing(tmp_path: Path, config: Path) -> None:
+    (tmp_path / "my_reward.py").write_text(
+        "calls = []\n"
+        "def score(prompt, completion, reference):\n"
+        "    calls.append(1)\n"
+        "    return float('nan') if len(calls) > 17 else 0.5\n"
+    )
+    arguments = tiny(reward__function="my_reward:score", parallel__tensor=2)
+    search = f"{Path(__file__).parents[1]}:{tmp_path}"
+    done = proma("train", str(config), *arguments, cwd=tmp_path, PYTHONPATH=search)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "sample" in done.stderr
+    assert "nan" in done.stderr
+    run = tmp_path / "runs" / "tiny"
+    # Before RL 4 validation rewards, then 8 of step 1 and 4 more; the second of step 2 failed.
+    assert (run / "checkpoints" / "step_000001" / "complete.json").is_file()
+    rescued = (run / "unscored_step_000002.jsonl").read_text().splitlines()
+    assert len(rescued) == 8
+
+
+def test_a_killed_rank_is_named_rather_than_the_ranks_that_miss_it(
+    tmp_path: Path, config: Path
+) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import os\ndef score(prompt, completion, reference):\n    os.kill(os.getpid(), 9)\n"
+    )
+    search = f"{Path(__file__).parents[1]}:{tmp_path}"
+    # Rewards are computed on rank 0, so rank 1 sees a peer that has gone, and says so later.
+    arguments = tiny(reward__function="broken:score", parallel__tensor=2)
+    done = proma("train", str(config), *arguments, cwd=tmp_path, PYTHONPATH=search)
+    assert done.returncode == 1
+    assert "rank 0 was ended by signal 9" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_rl_in_bfloat16_starts_from_the_warm_started_weights(tmp_path: Path, config: Path) -> None:
+    # Master weights that were copied before the warm start would undo it at the first update.
+    arguments = tiny(model__dtype="bfloat16", optimizer__lr=1e-9, warm_start__lr=1e-2)
+    done = proma("train", str(config), *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = rows(tmp_path / "runs" / "tiny")[-1]
+    assert last["step"] == 2
+    assert last["policy/kl_initial"] < 1e-2
+
+
+def test_a_run_that_cannot_start_leaves_the_old_run_alone(tmp_path: Path, config: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("name: old\n")
+    arguments = tiny(reward__function="json:no_such_name")
+    done = proma("train", str(config), "--overwrite", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert (run / "config.yaml").read_text() == "name: old\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["parallel.tensor=3"], "parallel.tensor=3"),
+        (["model.hiden_size=8"], "did you mean 'model.hidden_size'"),
+        (["rollout.max_prompt_tokens=8"], "rollout.max_prompt_tokens=8"),
+        (["device=cuda", "parallel.tensor=2", "parallel.data=8"], "GPUs"),
+        (["data.train_file=empty.jsonl", "data.validation_file=empty.jsonl"], "empty.jsonl"),
+        (["data.train_problems=100000000"], "data.train_problems"),
+        (["--resume", "optimizer.distributed=true"], "optimizer.distributed is true with --resume"),
+        (["data.train_problems=8"], "fewer than rollout.prompts_per_step=16"),
+        (["rollout.max_new_tokens=8", "warm_start.steps=1", *LONG_ANSWERS], "long-2"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, config: Path, arguments: list[str], part: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    long = [{"question": f"q{i}", "answer": "1 + " * 200 * i + "#### 1"} for i in range(2)]
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in long))
+    (tmp_path / "short.jsonl").write_text(json.dumps({"question": "r", "answer": "#### 1"}))
+    done = proma("train", str(config), *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_prompts_that_do_not_divide_over_the_replicas_are_refused(
+    tmp_path: Path, config: Path
+) -> None:
+    done = proma("train", str(config), cwd=tmp_path, RANK="0", WORLD_SIZE="6")
+    assert done.returncode == 2
+    assert "rollout.prompts_per_step is 16" in done.stderr
+    assert "6 replicas" in done.stderr
+
+
+def test_a_world_that_does_not_fit_the_layout_is_refused(tmp_path: Path, config: Path) -> None:
+    done = proma("train", str(config), "parallel.tensor=2", cwd=tmp_path, RANK="0", WORLD_SIZE="3")
+    assert done.returncode == 2
+    assert "3 processes" in done.stderr
