@@ -155,7 +155,8 @@ def test_a_killed_rank_is_named_rather_than_the_ranks_that_miss_it(
 
 def test_rl_in_bfloat16_starts_from_the_warm_started_weights(tmp_path: Path, config: Path) -> None:
     # Master weights that were copied before the warm start would undo it at the first update.
-    arguments = tiny(model__dtype="bfloat16", optimizer__lr=1e-9, warm_start__lr=1e-2)
+    far = {"warm_start__lr": 1e-2, "warm_start__warmup_steps": 0, "warm_start__steps": 8}
+    arguments = tiny(model__dtype="bfloat16", optimizer__lr=1e-9, **far)
     done = proma("train", str(config), *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = rows(tmp_path / "runs" / "tiny")[-1]
