@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from proma_megatron.config import ConfigError, RunConfig, dump_config
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.rollout.rewards import RewardError, load_reward
-from proma_megatron.rollout.source import prepare_data
+from proma_megatron.rollout.source import check_demonstrations, prepare_data
 from proma_megatron.run_dir import RunDir, prepare_run_dir
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
         trained = Path(folder) / "tokenizer.model"
         if resume and RunDir(config.run_dir).tokenizer.is_file():
             trained = RunDir(config.run_dir).tokenizer
-        prepare_data(config, trained)
+        check_demonstrations(config, prepare_data(config, trained))
         run_dir = prepare_run_dir(config.run_dir, resume, overwrite)
         if trained.is_file() and trained != run_dir.tokenizer:
             shutil.copyfile(trained, run_dir.tokenizer)

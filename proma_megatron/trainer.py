@@ -106,7 +106,6 @@ class Trainer:
         """Warm start and RL to the end, or from the newest checkpoint.
 
         Raises:
-            ConfigError: nothing to resume from.
             RewardError: the reward function failed; the policy and the rollouts are saved first.
         """
         if resume:

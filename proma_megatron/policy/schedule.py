@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,16 +47,12 @@ class Sums:
         names = self.__dataclass_fields__
         return Sums(
             **{
-                name: (max if name == "worst_mismatch" else _plus)(
+                name: (max if name == "worst_mismatch" else operator.add)(
                     getattr(self, name), getattr(other, name)
                 )
                 for name in names
             }
         )
-
-
-def _plus(x: float, y: float) -> float:
-    return x + y
 
 
 def forward_backward(

@@ -72,11 +72,10 @@ class Accumulator:
     ) -> None:
         self.config = config
         self.topology = topology
-        self.modules = list(modules)
         self.shards = {id(shard.parameter): shard for shard in shards}
         self.layers = [
             layer
-            for module in self.modules
+            for module in modules
             for layer in module.modules()
             if isinstance(layer, CAPTURED_LAYERS)
         ]
@@ -154,13 +153,12 @@ class Accumulator:
         if self.ends is not None:
             self.ends.wait()
         for key, shard in self.shards.items():
-            expected = microbatches
             if self.ends is not None and self.topology.is_first_stage and shard.layer is None:
                 continue  # the tied table's first copy: its gradient is made on the last stage
-            if self._seen[key] != expected:
+            if self._seen[key] != microbatches:
                 raise RuntimeError(
-                    f"parameter {shard.name} saw {self._seen[key]} of {expected} microbatches in "
-                    "the projected backward pass; its layer did not hand over its gradient"
+                    f"parameter {shard.name} saw {self._seen[key]} of {microbatches} microbatches "
+                    "in the projected backward pass; its layer did not hand over its gradient"
                 )
 
     # ------------------------------------------------------------------ captures (GradientSink)

@@ -67,21 +67,25 @@ def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
             f"there are {len(train)} training problems, fewer than rollout.prompts_per_step="
             f"{config.rollout.prompts_per_step}; add problems or take fewer a step"
         )
-    data = Data(
+    return Data(
         tokenizer=tokenizer,
         train=PromptSource(train, tokenizer, limit, config.seed),
         supervised=PromptSource(train, tokenizer, limit, config.seed + 1),
         validation=PromptSource(validation, tokenizer, limit, config.seed),
     )
-    if config.warm_start.steps:
-        _check_demonstrations(data.supervised, train, config.batching.tokens_per_microbatch)
-    return data
 
 
-def _check_demonstrations(source: PromptSource, problems: list[Problem], budget: int) -> None:
-    """Whether every worked answer fits into a microbatch with its prompt; ConfigError if not."""
-    for problem in problems:
-        length = len(source.supervised_sequence(problem).tokens)
+def check_demonstrations(config: RunConfig, data: Data) -> None:
+    """Whether every worked answer fits into a microbatch with its prompt; ConfigError if not.
+
+    It tokenizes all answers, so it runs once a run and not on every rank.
+    """
+    if not config.warm_start.steps:
+        return
+    budget = config.batching.tokens_per_microbatch
+    for prompt in data.supervised.all():
+        problem = prompt.problem
+        length = len(data.supervised.supervised_sequence(problem).tokens)
         if length > budget:
             raise ConfigError(
                 f"the worked answer of problem '{problem.id}' makes a sequence of {length} tokens, "
