@@ -16,8 +16,9 @@ from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.policy.schedule import Sums, evaluate_logprobs, forward_backward, kl_estimate
+from proma_megatron.projection import diagnostics
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.projection.diagnostics import Tally
+from proma_megatron.projection.diagnostics import Units
 from proma_megatron.records import (
     Microbatch,
     Prompt,
@@ -244,7 +245,8 @@ class Trainer:
         count = self.config.batching.minibatches
         size = len(groups) // count
         metrics: dict[str, float] = {}
-        tally, sums = Tally(), Sums()
+        units: Units = {}
+        sums = Sums()
         trained = 0
         assert self.optimizer is not None
         for index in range(count):
@@ -252,7 +254,8 @@ class Trainer:
             sums = self._accumulate(minibatch, self.loss, self.accumulator)
             update = self.optimizer.step()
             if self.accumulator is not None:
-                tally.merge(self._whole_tally(self.accumulator.tally))
+                mine = self.accumulator.tally.units()
+                units = diagnostics.merge([units, diagnostics.gather(mine, self.topology)])
             trained += sum(len(sequence.tokens) for sequence in minibatch)
             if index == 0:  # still the policy that the rollouts came from
                 metrics |= {
@@ -261,7 +264,7 @@ class Trainer:
                     "policy/logprob_mismatch_max": sums.worst_mismatch,
                 }
             metrics |= update
-        if self.accumulator is not None and not tally.solved:
+        if self.accumulator is not None and not units:
             self.reporter.message(
                 "nothing was projected: each replica's minibatch fits into one microbatch; "
                 "lower batching.tokens_per_microbatch"
@@ -269,7 +272,7 @@ class Trainer:
         metrics["policy/kl_rollout"] = sums.kl / sums.tokens
         metrics["loss/policy"] = -sums.objective / sums.tokens
         metrics["tokens/trained"] = float(trained)
-        return metrics | tally.metrics()
+        return metrics | diagnostics.metrics(units)
 
     def _accumulate(
         self,
@@ -309,14 +312,6 @@ class Trainer:
             )
             for index, members in enumerate(plan[topology.data.rank])
         ]
-
-    def _whole_tally(self, tally: Tally) -> Tally:
-        """Projection sums over all stages and replicas (tensor ranks all hold the same)."""
-        whole = Tally()
-        for stage in self.topology.gather_over_stages(tally):
-            for replica in self.topology.gather_over_data(stage):
-                whole.merge(replica)
-        return whole
 
     def _kl_to_initial(self, groups: Sequence[Sequence[TrainingSequence]]) -> float:
         """KL(rollout policy, initial policy) per token: the k3 estimate on this step's rollouts."""

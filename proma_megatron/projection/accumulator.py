@@ -12,15 +12,14 @@ forwards inside backwards, so what the last forward was says nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from proma_megatron.config import ProjectionConfig
 from proma_megatron.policy.layers import CAPTURED_LAYERS
-from proma_megatron.policy.parameters import ParameterShard, Reduction
+from proma_megatron.policy.parameters import ParameterShard
 from proma_megatron.projection.diagnostics import Tally
 from proma_megatron.projection.factors import (
     DenseFactors,
@@ -29,17 +28,11 @@ from proma_megatron.projection.factors import (
     LookupFactors,
     VectorFactors,
 )
-from proma_megatron.projection.rules import solve
+from proma_megatron.projection.solver import Capture, Solver
 from proma_megatron.projection.tied import TiedEnds
-from proma_megatron.projection.units import Unit, units_of
+from proma_megatron.projection.units import units_of
 from proma_megatron.records import Microbatch, Sequences
 from proma_megatron.topology import Topology
-
-
-@dataclass(frozen=True)
-class _Capture:
-    shard: ParameterShard
-    factors: Factors
 
 
 @dataclass(frozen=True)
@@ -80,18 +73,17 @@ class Accumulator:
             if isinstance(layer, CAPTURED_LAYERS)
         ]
         self._check_claims()
-        assert config.rule != "none", "rule 'none' is Megatron's own accumulation"
-        self.rule = config.rule
         self.units = {
             key: units_of(shard, config.unit, config.parameters)
             for key, shard in self.shards.items()
         }
         self.tied_table = self._find_tied_table() if tied else None
         self.ends = TiedEnds(topology) if tied and topology.tied_ends is not None else None
-        self.tally = Tally()
+        dtype = next(iter(self.shards.values())).parameter.dtype
+        self.solver = Solver(config, topology.tensor, dtype)
         self._current: Current | None = None
         self._group: tuple[int, int, int | None] | None = None
-        self._pending: list[_Capture] = []
+        self._pending: list[Capture] = []
         self._held = 0  # bytes of materialized gradients among the pending
         self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seen: dict[int, int] = {}
@@ -121,6 +113,11 @@ class Accumulator:
         )
         return next((s for s in self.shards.values() if s.name == wanted), None)
 
+    @property
+    def tally(self) -> Tally:
+        """What K and c said in the step that was begun last."""
+        return self.solver.tally
+
     def enable(self, on: bool) -> None:
         """Route the layers' weight gradients here, or back to Megatron."""
         for layer in self.layers:
@@ -130,7 +127,7 @@ class Accumulator:
 
     def begin(self) -> None:
         """Start a step: ``main_grad`` is zero and nothing has been seen."""
-        self.tally = Tally()
+        self.solver.tally = Tally()
         self._seen = dict.fromkeys(self.shards, 0)
         self._group = None
 
@@ -250,7 +247,7 @@ class Accumulator:
         key = id(shard.parameter)
         return self._seen[key] > 0 and any(unit.projected for unit in self.units[key])
 
-    # ------------------------------------------------------------------ solving
+    # ------------------------------------------------------------------ groups
 
     def _enter(self, shard: ParameterShard) -> None:
         """Captures of one layer are solved together; another layer's capture closes the group."""
@@ -261,104 +258,16 @@ class Accumulator:
             self._group = group
 
     def _capture(self, shard: ParameterShard, factors: Factors) -> None:
-        self._pending.append(_Capture(shard, factors))
+        key = id(shard.parameter)
+        first = self._seen[key] == 0
+        self._pending.append(Capture(shard, self.units[key], factors, first))
+        self._seen[key] += 1
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
         self._held = 0
         if pending:
-            self._solve(pending, self._now().microbatch)
-
-    def _solve(self, captures: list[_Capture], microbatch: Microbatch) -> None:
-        """Project what the captured units have accumulated, and add this microbatch."""
-        projecting: list[tuple[_Capture, Unit]] = []
-        k = microbatch.sequences.count
-        for capture in captures:
-            key = id(capture.shard.parameter)
-            for unit in self.units[key]:
-                if unit.projected and self._seen[key] > 0 and k:
-                    projecting.append((capture, unit))
-                else:
-                    self._apply(capture, unit, microbatch.advantages)
-            self._seen[key] += 1
-        if not projecting:
-            return
-        gram, overlap, energy = self._reduced_products(projecting, k)
-        double = self._dtype(captures[0].shard.parameter) == torch.float64
-        solution = solve(
-            self.rule,  # type: ignore[arg-type]
-            gram,
-            overlap,
-            microbatch.advantages,
-            shrinkage=self.config.shrinkage,
-            bound=self.config.bound,
-            # Eigenvalues at the rounding noise of K, whose entries are sums in this precision.
-            cutoff=1e-11 if double else 1e-5,
-        )
-        self.tally.add(gram, energy, solution)
-        for (capture, unit), coefficients in zip(projecting, solution.coefficients, strict=True):
-            self._apply(capture, unit, coefficients)
-
-    def _apply(self, capture: _Capture, unit: Unit, coefficients: torch.Tensor) -> None:
-        if unit.rows and len(coefficients):
-            capture.factors.update(unit.rows, self._main_grad(capture.shard), coefficients)
-
-    @staticmethod
-    def _main_grad(shard: ParameterShard) -> torch.Tensor:
-        return shard.parameter.main_grad  # type: ignore[attr-defined]
-
-    def _reduced_products(
-        self, projecting: list[tuple[_Capture, Unit]], k: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """K (U, k, k), c (U, k) and |A|^2 (U,) of whole units, from one sum over TP.
-
-        A unit of which each rank holds a slice sends its K, c and |A|^2. A unit of which each rank
-        holds a summand sends its vectors: products of sums are not sums of products.
-        """
-        parts: list[tuple[torch.Tensor, ...]] = []
-        for capture, unit in projecting:
-            accumulated = self._main_grad(capture.shard)
-            if unit.reduction is Reduction.PARTIAL:
-                assert isinstance(capture.factors, VectorFactors)
-                parts.append((capture.factors.gradients.double(), accumulated.double()))
-            else:
-                gram, overlap = capture.factors.products(unit.rows, accumulated)
-                energy = sum(
-                    (accumulated[low:high].double().square().sum() for low, high in unit.rows),
-                    start=gram.new_zeros(()),
-                )
-                parts.append((gram, overlap, energy))
-        shared = [
-            at
-            for at, (_, unit) in enumerate(projecting)
-            if unit.reduction is not Reduction.REPLICATED
-        ]
-        summed = self._sum_over_tensor_group([tensor for at in shared for tensor in parts[at]])
-        for at in shared:
-            parts[at] = tuple(next(summed) for _ in parts[at])
-        grams, overlaps, energies = [], [], []
-        for (_, unit), part in zip(projecting, parts, strict=True):
-            if unit.reduction is Reduction.PARTIAL:
-                gradients, total = part
-                part = (gradients @ gradients.T, gradients @ total, total.square().sum())
-            grams.append(part[0])
-            overlaps.append(part[1])
-            energies.append(part[2])
-        return torch.stack(grams), torch.stack(overlaps), torch.stack(energies)
-
-    def _sum_over_tensor_group(self, tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The float64 tensors summed over TP, in one collective."""
-        if not tensors:
-            return iter(())
-        whole = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(whole, group=self.topology.tensor.group)
-        sizes = [tensor.numel() for tensor in tensors]
-        return iter(
-            [
-                part.view(tensor.shape)
-                for part, tensor in zip(whole.split(sizes), tensors, strict=True)
-            ]
-        )
+            self.solver.update(pending, self._now().microbatch)
 
     # ------------------------------------------------------------------ tied embedding and head
 
@@ -381,7 +290,9 @@ class Accumulator:
             rows = self._local_rows(held.microbatch.tokens.flatten())
             lookup = Lookup(rows, self.ends.receive(held, dtype))
             factors = self._dense(shard, held.microbatch.sequences, held.x, held.dy, lookup)
-            self._solve([_Capture(shard, factors)], held.microbatch)
+            self._capture(shard, factors)
+            pending, self._pending = self._pending, []
+            self.solver.update(pending, held.microbatch)
             self._held = 0
 
     def _local_rows(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,76 +1,196 @@
-"""What K and c say about an update, summed over units and microbatches."""
+"""What K and c say about an update: per unit, and summed up over units and microbatches.
+
+Nothing here reads a gradient: every figure comes from the k + k^2 numbers that the projection needs
+anyway. A parameter's first microbatch is not counted, for no K is formed before something has been
+accumulated.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from proma_megatron.projection.rules import Solution
+from proma_megatron.projection.units import kind_of, layer_of
+
+if TYPE_CHECKING:
+    from proma_megatron.topology import Topology
+
+ROUNDING = 1e-12  # relative; sums of products smaller than this say nothing
 
 
-@dataclass
-class Tally:
-    """Running sums; sums of different ranks and replicas add up."""
+@dataclass(frozen=True)
+class UnitSums:
+    """UnitSums over microbatches, and over units, ranks and replicas where they are added."""
 
-    solved: float = 0.0  # units x microbatches with something accumulated before
-    clamped: float = 0.0
-    removed: float = 0.0  # sum of |removed|^2
-    accumulated: float = 0.0  # sum of |A|^2 before projecting
-    effective_rank: float = 0.0  # sum of (tr K)^2 / |K|_F^2, over k
-    cosine: float = 0.0  # sum of mean pairwise cosines
-    cosines: float = 0.0  # how many of them (k >= 2)
-    residual: float = 0.0  # largest |<A - G beta, u_s>| / |A|
+    solved: float = 0.0  # projections
+    clamped: float = 0.0  # of them met the bound
+    removed: float = 0.0  # |removed|^2
+    accumulated: float = 0.0  # |A|^2 before projecting
+    effective_rank: float = 0.0  # (tr K)^2 / |K|_F^2, from 1 to k
+    cosine: float = 0.0  # mean pairwise cosine of the sequences' gradients
+    cosines: float = 0.0  # microbatches that have a pair
+    pair_product: float = 0.0  # <x_r, x_s> over ordered pairs r != s, with x_s = a_s G_s
+    pairs: float = 0.0
+    square: float = 0.0  # |x_s|^2 over sequences
+    sequences: float = 0.0
+    residual: float = 0.0  # largest of |<A, u_s>| after projecting, over |A| before
 
-    def add(self, gram: torch.Tensor, energy: torch.Tensor, solution: Solution) -> None:
-        """Count a batch of units: gram (U, k, k), energy |A|^2 (U,)."""
-        k = gram.shape[-1]
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        trace = diagonal.sum(dim=-1)
-        square = gram.square().sum(dim=(-2, -1))
-        rank = torch.where(square > 0, trace.square() / square.clamp(min=1e-300), 0.0) / k
-        norms = diagonal.clamp(min=0).sqrt()
-        product = norms[..., :, None] * norms[..., None, :]
-        cosine = torch.where(product > 0, gram / product.clamp(min=1e-300), 0.0)
-        present = (norms > 0).sum(dim=-1)
-        pairs = (present * (present - 1)).double()
-        off = cosine.sum(dim=(-2, -1)) - cosine.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-        mean = torch.where(pairs > 0, off / pairs.clamp(min=1), 0.0)
-        relative = torch.where(energy > 0, solution.residual / energy.sqrt().clamp(min=1e-300), 0.0)
-        # One transfer for everything: on a GPU each .item() would wait for the device.
-        sums = torch.stack(
-            [
-                solution.clamped.double().sum(),
-                solution.removed.sum(),
-                energy.sum(),
-                rank.sum(),
-                mean.sum(),
-                (pairs > 0).double().sum(),
-                relative.max(),
-            ]
-        ).tolist()
-        self.solved += gram.shape[0]
-        self.clamped += sums[0]
-        self.removed += sums[1]
-        self.accumulated += sums[2]
-        self.effective_rank += sums[3]
-        self.cosine += sums[4]
-        self.cosines += sums[5]
-        self.residual = max(self.residual, sums[6])
+    def __add__(self, other: UnitSums) -> UnitSums:
+        return UnitSums(
+            **{
+                field.name: (max if field.name == "residual" else operator.add)(
+                    getattr(self, field.name), getattr(other, field.name)
+                )
+                for field in fields(UnitSums)
+            }
+        )
 
-    def merge(self, other: Tally) -> None:
-        for name in vars(self):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, max(mine, theirs) if name == "residual" else mine + theirs)
+    @property
+    def noise_scale(self) -> float | None:
+        """tr(cov) / |mean|^2 of the sequences' policy gradients, in sequences.
 
-    def metrics(self) -> dict[str, float]:
-        """Fractions and means, empty where no unit was projected (a single microbatch)."""
+        The mean's square is estimated from pairs of different sequences, without bias, and so may
+        come out negative when noise prevails; then there is no figure. Source: McCandlish et al.,
+        "An empirical model of large-batch training" (arXiv:1812.06162), section 2.2.
+        """
+        if not self.pairs or self.pair_product <= ROUNDING * self.square:
+            return None
+        mean_square = self.pair_product / self.pairs
+        return self.square / self.sequences / mean_square - 1
+
+    def figures(self) -> dict[str, float]:
+        """Fractions and means; empty where nothing was projected (a single microbatch)."""
         if not self.solved:
             return {}
-        return {
-            "projection/removed_energy": self.removed / self.accumulated if self.accumulated else 0,
-            "projection/clamp_rate": self.clamped / self.solved,
-            "projection/effective_rank": self.effective_rank / self.solved,
-            "projection/cosine": self.cosine / self.cosines if self.cosines else 0.0,
-            "projection/orthogonality_residual": self.residual,
+        found = {
+            "removed_energy": self.removed / self.accumulated if self.accumulated else 0.0,
+            "clamp_rate": self.clamped / self.solved,
+            "effective_rank": self.effective_rank / self.solved,
+            "cosine": self.cosine / self.cosines if self.cosines else 0.0,
+            "orthogonality_residual": self.residual,
         }
+        noise = self.noise_scale
+        return found if noise is None else found | {"noise_scale": noise}
+
+
+class Tally:
+    """Collects the sums of each unit during a backward pass, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], torch.Tensor] = {}  # (U, fields of UnitSums)
+
+    def add(
+        self,
+        names: tuple[str, ...],
+        gram: torch.Tensor,
+        energy: torch.Tensor,
+        advantages: torch.Tensor,
+        solution: Solution,
+    ) -> None:
+        """Count a batch of units: K (U, k, k), |A|^2 (U,), a (k,)."""
+        k = gram.shape[-1]
+        tiny = torch.finfo(gram.dtype).tiny
+        diagonal = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+        square = gram.square().sum(dim=(-2, -1))
+        rank = torch.where(square > 0, diagonal.sum(dim=-1).square() / square.clamp(min=tiny), 0.0)
+        norms = diagonal.sqrt()
+        product = norms[..., :, None] * norms[..., None, :]
+        cosines = torch.where(product > 0, gram / product.clamp(min=tiny), 0.0)
+        present = (norms > 0).sum(dim=-1)
+        off = cosines.sum(dim=(-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        pairs = (present * (present - 1)).double()
+        own = (diagonal * advantages.square()).sum(dim=-1)
+        ones = torch.ones_like(energy)
+        residual = torch.where(energy > 0, solution.residual / energy.sqrt().clamp(min=tiny), 0.0)
+        found = UnitSums(
+            solved=ones,  # type: ignore[arg-type]
+            clamped=solution.clamped.double(),  # type: ignore[arg-type]
+            removed=solution.removed,  # type: ignore[arg-type]
+            accumulated=energy,  # type: ignore[arg-type]
+            effective_rank=rank,  # type: ignore[arg-type]
+            cosine=torch.where(pairs > 0, off / pairs.clamp(min=1), 0.0),  # type: ignore[arg-type]
+            cosines=(pairs > 0).double(),  # type: ignore[arg-type]
+            pair_product=solution.policy - own,  # type: ignore[arg-type]
+            pairs=ones * (k * (k - 1)),  # type: ignore[arg-type]
+            square=own,  # type: ignore[arg-type]
+            sequences=ones * k,  # type: ignore[arg-type]
+            residual=residual,  # type: ignore[arg-type]
+        )
+        rows = torch.stack(astuple(found), dim=-1)
+        before = self._sums.get(names)
+        if before is None:
+            self._sums[names] = rows
+            return
+        worst = torch.maximum(before[:, -1], rows[:, -1])
+        before += rows
+        before[:, -1] = worst
+
+    def units(self) -> dict[str, UnitSums]:
+        """The sums of each unit that was projected, by its name; one transfer per group."""
+        found: dict[str, UnitSums] = {}
+        for names, rows in self._sums.items():
+            for name, row in zip(names, rows.tolist(), strict=True):
+                found[name] = found.get(name, UnitSums()) + UnitSums(*row)
+        return found
+
+
+Units = Mapping[str, UnitSums]
+
+
+def merge(parts: Iterable[Units]) -> dict[str, UnitSums]:
+    """Units of several stages, replicas or minibatches."""
+    found: dict[str, UnitSums] = {}
+    for part in parts:
+        for name, sums in part.items():
+            found[name] = found.get(name, UnitSums()) + sums
+    return found
+
+
+def gather(mine: Units, topology: Topology) -> dict[str, UnitSums]:
+    """Units of all stages and replicas, on every rank; tensor ranks all hold the same."""
+    stages = topology.gather_over_stages(mine)
+    return merge(part for stage in stages for part in topology.gather_over_data(stage))
+
+
+def total(units: Units) -> UnitSums:
+    """The sums over all units, as if the model were one."""
+    return sum(units.values(), start=UnitSums())
+
+
+def metrics(units: Units) -> dict[str, float]:
+    """For a training step: over everything, per parameter kind, and per layer.
+
+    Keys are ``projection/<figure>``, ``projection/kind/<kind>/<figure>`` and
+    ``projection/layer/<number>/<figure>``.
+    """
+    found = {f"projection/{key}": value for key, value in total(units).figures().items()}
+    groups = {
+        **{f"kind/{kind}": sums for kind, sums in by_kind(units).items()},
+        **{f"layer/{layer:03d}": sums for layer, sums in by_layer(units).items()},
+    }
+    for group, sums in groups.items():
+        for key, value in sums.figures().items():
+            found[f"projection/{group}/{key}"] = value
+    return found
+
+
+def by_kind(units: Units) -> dict[str, UnitSums]:
+    """Summed over layers: all ``self_attn.q_proj.weight`` together, and so on."""
+    return _grouped(units, kind_of)
+
+
+def by_layer(units: Units) -> dict[int, UnitSums]:
+    """Summed over the units of each layer; embedding, final norm and head belong to none."""
+    return _grouped({name: s for name, s in units.items() if layer_of(name) is not None}, layer_of)
+
+
+def _grouped(units: Units, label: Callable[[str], Any]) -> dict[Any, UnitSums]:
+    found: dict[Any, UnitSums] = {}
+    for name, sums in units.items():
+        found[label(name)] = found.get(label(name), UnitSums()) + sums
+    return dict(sorted(found.items()))

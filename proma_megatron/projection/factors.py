@@ -38,8 +38,8 @@ class VectorFactors:
         self.gradients = gradients  # (k, n) in the accumulation dtype
 
     def products(self, rows: Rows, accumulated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gradients = _take(self.gradients.double(), rows)
-        return gradients @ gradients.T, gradients @ _take(accumulated.double()[None], rows)[0]
+        gradients = take(self.gradients.double(), rows)
+        return gradients @ gradients.T, gradients @ take(accumulated.double()[None], rows)[0]
 
     def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:
         for start, stop in rows:
@@ -47,7 +47,8 @@ class VectorFactors:
             accumulated[start:stop] += part.to(accumulated.dtype)
 
 
-def _take(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
+def take(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The columns of ``matrix`` (k, n) that a unit's rows name, side by side."""
     return torch.cat([matrix[:, start:stop] for start, stop in rows] or [matrix[:, :0]], dim=1)
 
 

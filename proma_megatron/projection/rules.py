@@ -1,4 +1,4 @@
-"""The projection in coefficient form: pure functions of (K, c, a), known nowhere else.
+"""The projection rules: pure functions of (K, c, a), or of (G, A, a); known nowhere else.
 
 For one unit and microbatch, G (d, k) holds the sequence gradients of the unit losses, A (d,) the
 gradient accumulated so far, a (k,) the advantages. With ``K = G^T G`` and ``c = G^T A``, a
@@ -7,13 +7,18 @@ parameter dimension never enters a solve:
 
     A  <-  A - eta * clamp(G beta) + G a  =  A + G (a - eta * scale * beta)
 
+That is `solve`, for weights, of which no rank holds the whole. K has G's condition number squared,
+so directions that are nearly dependent cost digits. Norm weights and biases are short enough to be
+whole on every rank, and there a microbatch may have nearly as many sequences as the vector has
+entries: `solve_vectors` takes G itself.
+
 All functions take leading batch axes (units that are solved together) and float64.
 Source: PROMA (arXiv:2601.10498), figures 1 and 3 and section 3.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -66,14 +71,7 @@ def solve(
     removed = _quadratic(gram, beta)
     policy = _quadratic(gram, advantages.expand_as(beta))
     residual = ((overlap - _apply(gram, beta)) * scale).abs().amax(dim=-1)
-    factor = torch.ones_like(removed)
-    if bound is not None:
-        limit = bound * policy.sqrt()
-        norm = removed.sqrt()
-        factor = torch.where(
-            norm > limit, limit / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0
-        )
-    factor = factor * shrinkage
+    factor = _clamp(removed, policy, bound) * shrinkage
     return Solution(
         coefficients=advantages - factor[..., None] * beta,
         removed=removed * factor**2,
@@ -81,6 +79,57 @@ def solve(
         clamped=factor < shrinkage,
         residual=residual,
     )
+
+
+def solve_vectors(
+    rule: Rule,
+    gradients: torch.Tensor,
+    accumulated: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    shrinkage: float,
+    bound: float | None,
+    cutoff: float,
+) -> tuple[torch.Tensor, Solution]:
+    """The same for units whose sequence gradients are at hand.
+
+    Args:
+        gradients: G^T (..., k, n).
+        accumulated: A (..., n).
+        cutoff: as in `solve`; a singular value of normalized G counts as 0 below its root.
+
+    Returns:
+        What is to be taken out of A (..., n), and the same `Solution` as `solve`'s but for the
+        digits that K loses.
+    """
+    gram = gradients @ gradients.mT
+    overlap = _apply(gradients, accumulated)
+    solution = solve(
+        rule, gram, overlap, advantages, shrinkage=shrinkage, bound=bound, cutoff=cutoff
+    )
+    if rule != "exact":  # their divisors are bounded from below: K is good enough
+        removed = _apply(gradients.mT, advantages - solution.coefficients)
+        return removed, solution
+    scale = _inverse_norms(gram)
+    basis, sizes, _ = torch.linalg.svd((scale[..., None] * gradients).mT, full_matrices=False)
+    basis = basis * (sizes > cutoff**0.5 * sizes[..., :1])[..., None, :]
+    inside = _apply(basis, _apply(basis.mT, accumulated))
+    square = inside.square().sum(dim=-1)
+    factor = _clamp(square, solution.policy, bound) * shrinkage
+    return factor[..., None] * inside, replace(
+        solution,
+        removed=square * factor**2,
+        clamped=factor < shrinkage,
+        residual=(_apply(gradients, accumulated - inside) * scale).abs().amax(dim=-1),
+    )
+
+
+def _clamp(removed: torch.Tensor, policy: torch.Tensor, bound: float | None) -> torch.Tensor:
+    """What scales the removed part down to ``bound * |P|``; from squared norms (...,)."""
+    if bound is None:
+        return torch.ones_like(removed)
+    limit, norm = bound * policy.sqrt(), removed.sqrt()
+    return torch.where(norm > limit, limit / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
 
 
 def _inverse_norms(gram: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +44,10 @@ def units_of(
     projected = parameters == "all" or shard.linear
     everything = ((0, shard.parameter.shape[0]),)
     if unit == "megatron":
+        # What is not fused keeps its Hugging Face name, which is the same in every layout.
+        name = shard.tensors[0] if len(shard.tensors) == 1 else shard.name
         # Vocabulary padding has no gradient, so taking all rows changes nothing.
-        return (Unit(shard.name, shard, everything, projected),)
+        return (Unit(name, shard, everything, projected),)
     if shard.axis != 0:
         return (Unit(shard.tensors[0], shard, everything, projected),)
     return tuple(
@@ -60,3 +63,17 @@ def units_of(
         )
         for tensor in shard.tensors
     )
+
+
+_LAYER = re.compile(r"^(?:model|decoder)\.(?:layers\.(\d+)\.)?")
+
+
+def kind_of(name: str) -> str:
+    """What a unit or tensor is, without its layer: ``self_attn.q_proj.weight``."""
+    return _LAYER.sub("", name)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a unit or tensor; None for embedding, final norm and head."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match and match[1] else None

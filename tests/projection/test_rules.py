@@ -1,8 +1,11 @@
-"""The coefficient form against the paper's own, on vectors of dimension d."""
+"""Both forms of the rules against the paper's own, on vectors of dimension d."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from support.paper import complement, project_to_complement
 
 from proma_megatron.config import ProjectionConfig
-from proma_megatron.projection.rules import Solution, solve
+from proma_megatron.projection.rules import Solution, solve, solve_vectors
 
 RULES = ["exact", "iterative", "ridge"]
 SHRINKAGES = [1.0, 0.5, 0.0]
@@ -27,26 +30,41 @@ class Problem:
     accumulated: torch.Tensor  # A (d,)
     gradients: torch.Tensor  # G (d, k)
     advantages: torch.Tensor  # a (k,)
+    vectors: bool = False  # solved from G itself, as norms and biases are, not from K and c
 
     @property
     def policy(self) -> torch.Tensor:
         return self.gradients @ self.advantages
 
-    def solve(self, rule: str, shrinkage: float = 1.0, bound: float | None = None) -> Solution:
-        return solve(
+    def _solve(
+        self, rule: str, shrinkage: float, bound: float | None
+    ) -> tuple[torch.Tensor, Solution]:
+        options: Any = {"shrinkage": shrinkage, "bound": bound, "cutoff": CUTOFF}
+        if self.vectors:
+            return solve_vectors(
+                rule,  # type: ignore[arg-type]
+                self.gradients.T,
+                self.accumulated,
+                self.advantages,
+                **options,
+            )
+        solution = solve(
             rule,  # type: ignore[arg-type]
             self.gradients.T @ self.gradients,
             self.gradients.T @ self.accumulated,
             self.advantages,
-            shrinkage=shrinkage,
-            bound=bound,
-            cutoff=CUTOFF,
+            **options,
         )
+        return self.gradients @ (self.advantages - solution.coefficients), solution
 
-    def removed(self, rule: str, shrinkage: float = 1.0, bound: float | None = None):
-        """(d,) what is taken out of A, from coefficients."""
-        solution = self.solve(rule, shrinkage, bound)
-        return self.gradients @ (self.advantages - solution.coefficients)
+    def solve(self, rule: str, shrinkage: float = 1.0, bound: float | None = None) -> Solution:
+        return self._solve(rule, shrinkage, bound)[1]
+
+    def removed(
+        self, rule: str, shrinkage: float = 1.0, bound: float | None = None
+    ) -> torch.Tensor:
+        """(d,) what is taken out of A."""
+        return self._solve(rule, shrinkage, bound)[0]
 
     def assert_close(self, value: torch.Tensor, expected: torch.Tensor) -> None:
         size = self.accumulated.norm() + self.policy.norm()
@@ -88,7 +106,8 @@ def problems(draw: st.DrawFn, silent: bool = False) -> Problem:
     gradients = torch.stack(columns, dim=1)[:, order] * 10.0 ** torch.tensor(scales).double()
     advantages = normal(k) * (0.0 if silent else 1.0)
     advantages[torch.tensor(muted)] = 0.0
-    return Problem(normal(d) * 10.0**size, gradients, advantages)
+    vectors = draw(st.booleans(), label="from G itself")
+    return Problem(normal(d) * 10.0**size, gradients, advantages, vectors)
 
 
 @pytest.mark.parametrize("shrinkage", SHRINKAGES)
@@ -96,15 +115,15 @@ def problems(draw: st.DrawFn, silent: bool = False) -> Problem:
 @pytest.mark.parametrize("rule", RULES)
 @settings(deadline=None, max_examples=40)
 @given(problem=problems())
-def test_coefficients_give_the_papers_update(
+def test_the_update_is_the_papers(
     rule: str, bound: float | None, shrinkage: float, problem: Problem
 ) -> None:
     config = ProjectionConfig(rule=rule, bound=bound, shrinkage=shrinkage)  # type: ignore[arg-type]
     expected = (
         complement(problem.accumulated, problem.gradients, problem.policy, config) + problem.policy
     )
-    solution = problem.solve(rule, shrinkage, bound)
-    problem.assert_close(problem.accumulated + problem.gradients @ solution.coefficients, expected)
+    removed = problem.removed(rule, shrinkage, bound)
+    problem.assert_close(problem.accumulated - removed + problem.policy, expected)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -124,8 +143,9 @@ def test_exact_is_figure_3s_qr_on_independent_sequences(seed: int, k: int) -> No
     gradients = torch.randn((60, k), generator=generator, dtype=torch.float64)
     accumulated = torch.randn(60, generator=generator, dtype=torch.float64)
     basis, _ = torch.linalg.qr(gradients, mode="reduced")
-    problem = Problem(accumulated, gradients, torch.zeros(k, dtype=torch.float64))
-    problem.assert_close(problem.removed("exact"), basis @ (basis.T @ accumulated))
+    for vectors in (False, True):
+        problem = Problem(accumulated, gradients, torch.zeros(k, dtype=torch.float64), vectors)
+        problem.assert_close(problem.removed("exact"), basis @ (basis.T @ accumulated))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -171,7 +191,7 @@ def test_after_exact_nothing_is_left_along_any_sequence(problem: Problem) -> Non
 @given(problem=problems(silent=True))
 def test_projecting_twice_is_projecting_once(problem: Problem) -> None:
     once = problem.accumulated - problem.removed("exact")
-    again = Problem(once, problem.gradients, problem.advantages)
+    again = dataclasses.replace(problem, accumulated=once)
     problem.assert_close(once - again.removed("exact"), once)
 
 
@@ -179,7 +199,9 @@ def test_projecting_twice_is_projecting_once(problem: Problem) -> None:
 @given(problem=problems(), data=st.data())
 def test_the_order_of_sequences_does_not_matter(problem: Problem, data: st.DataObject) -> None:
     order = torch.tensor(data.draw(st.permutations(range(problem.gradients.shape[1]))))
-    shuffled = Problem(problem.accumulated, problem.gradients[:, order], problem.advantages[order])
+    shuffled = dataclasses.replace(
+        problem, gradients=problem.gradients[:, order], advantages=problem.advantages[order]
+    )
     problem.assert_close(shuffled.removed("exact", 1.0, 0.5), problem.removed("exact", 1.0, 0.5))
 
 
@@ -192,7 +214,7 @@ def test_the_length_of_a_sequences_gradient_does_not_matter(
     factor = data.draw(st.sampled_from([-1e3, -1.0, 1e-3, 7.0, 1e3]))
     gradients = problem.gradients.clone()
     gradients[:, which] *= factor
-    scaled = Problem(problem.accumulated, gradients, problem.advantages)
+    scaled = dataclasses.replace(problem, gradients=gradients)
     problem.assert_close(scaled.removed("exact"), problem.removed("exact"))
 
 
@@ -209,6 +231,31 @@ def test_the_removed_part_stays_within_the_bound(rule: str, bound: float, proble
 
 
 @pytest.mark.parametrize("rule", RULES)
+@settings(deadline=None, max_examples=100)
+@given(problem=problems())
+def test_the_form_in_k_and_c_is_the_form_in_vectors(rule: str, problem: Problem) -> None:
+    other = dataclasses.replace(problem, vectors=not problem.vectors)
+    problem.assert_close(other.removed(rule, 0.75, 0.5), problem.removed(rule, 0.75, 0.5))
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_nearly_dependent_vectors_keep_their_digits(smallest: float) -> None:
+    """Where K has lost them: its condition number is G's squared."""
+    generator = torch.Generator().manual_seed(5)
+    left, _ = torch.linalg.qr(torch.randn(9, 8, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))
+    sizes = torch.logspace(0, math.log10(smallest), 8, dtype=torch.float64)
+    accumulated = torch.randn(9, generator=generator, dtype=torch.float64)
+    problem = Problem(accumulated, left @ torch.diag(sizes) @ right, torch.zeros(8).double(), True)
+    expected = left @ (left.T @ accumulated)
+    error = (problem.removed("exact") - expected).norm() / accumulated.norm()
+    assert error < 1e-15 / smallest
+    squared = dataclasses.replace(problem, vectors=False)
+    lost = (squared.removed("exact") - expected).norm() / accumulated.norm()
+    assert lost < 1e-15 / smallest**2
+
+
+@pytest.mark.parametrize("rule", RULES)
 @settings(deadline=None, max_examples=30)
 @given(problem=problems(), seed=st.integers(0, 2**32))
 def test_units_solved_together_are_solved_as_if_alone(
@@ -218,9 +265,18 @@ def test_units_solved_together_are_solved_as_if_alone(
     other = torch.randn(problem.gradients.shape, generator=generator, dtype=torch.float64)
     silent = torch.zeros_like(other)
     alone = [
-        Problem(problem.accumulated, gradients, problem.advantages)
+        dataclasses.replace(problem, gradients=gradients, vectors=False)
         for gradients in (problem.gradients, other, silent)
     ]
+    removed, _ = solve_vectors(
+        rule,  # type: ignore[arg-type]
+        torch.stack([p.gradients.T for p in alone]),
+        problem.accumulated.expand(len(alone), -1),
+        problem.advantages,
+        shrinkage=0.5,
+        bound=0.5,
+        cutoff=CUTOFF,
+    )
     together = solve(
         rule,  # type: ignore[arg-type]
         torch.stack([p.gradients.T @ p.gradients for p in alone]),
@@ -236,14 +292,17 @@ def test_units_solved_together_are_solved_as_if_alone(
             single.gradients @ together.coefficients[at], single.gradients @ solution.coefficients
         )
         assert together.clamped[at] == solution.clamped
+        single.assert_close(removed[at], single.removed(rule, 0.5, 0.5))
 
 
+@pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_microbatch_of_silent_sequences_removes_nothing(rule: str) -> None:
+def test_a_microbatch_of_silent_sequences_removes_nothing(rule: str, vectors: bool) -> None:
     zeros = torch.zeros((5, 3), dtype=torch.float64)
     advantages = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
-    solution = Problem(torch.ones(5).double(), zeros, advantages).solve(rule, 1.0, 0.5)
-    assert torch.equal(solution.coefficients, advantages)
+    problem = Problem(torch.ones(5).double(), zeros, advantages, vectors)
+    solution = problem.solve(rule, 1.0, 0.5)
+    assert not problem.removed(rule, 1.0, 0.5).any()
     assert solution.removed == 0
     assert solution.residual == 0
     assert not solution.clamped
@@ -254,5 +313,6 @@ def test_a_sequence_counts_once_however_often_it_is_given() -> None:
     one = torch.randn((12, 1), generator=generator, dtype=torch.float64)
     accumulated = torch.randn(12, generator=generator, dtype=torch.float64)
     single = Problem(accumulated, one, torch.zeros(1).double()).removed("exact")
-    many = Problem(accumulated, one.repeat(1, 6), torch.zeros(6).double()).removed("exact")
-    torch.testing.assert_close(many, single, rtol=1e-12, atol=1e-12)
+    for vectors in (False, True):
+        copies = Problem(accumulated, one.repeat(1, 6), torch.zeros(6).double(), vectors)
+        torch.testing.assert_close(copies.removed("exact"), single, rtol=1e-12, atol=1e-12)
