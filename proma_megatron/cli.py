@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from proma_megatron.config import ConfigError, load_config
+from proma_megatron.config import ConfigError, gradients_config, load_config
 
 app = typer.Typer(
     help="PROMA: proximal policy updates by projected microbatch accumulation, on Megatron-Core.",
@@ -45,6 +45,38 @@ def train(
 
 
 @app.command()
+def grads(
+    hf: Annotated[Path, typer.Option(help="Hugging Face directory of a dense Qwen model.")],
+    batch: Annotated[Path, typer.Option(help="JSONL, one sequence a line; see the README.")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes such as parallel.tensor=2.")
+    ] = None,
+) -> None:
+    """Write the projected gradient of every parameter, unsharded. No optimizer step is made."""
+    config = gradients_config(overrides or [])
+    from proma_megatron.exactness.grads import grads as run
+
+    run(hf, batch, out, config)
+
+
+@app.command()
+def verify(
+    source: Annotated[
+        Path, typer.Argument(help="YAML file of a run, or Hugging Face directory of a Qwen model.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes such as parallel.tensor=2.")
+    ] = None,
+) -> None:
+    """Compare projected gradients of a layout with those of one process, parameter by parameter."""
+    from proma_megatron.exactness.verify import verify as run
+
+    if not run(source, overrides or []):
+        sys.exit(1)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, drawn into one picture.")],
     out: Annotated[Path | None, typer.Option(help="PNG to write; default RUN/report.png.")] = None,
@@ -69,7 +101,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        from proma_megatron.launcher import WorkerError
+        from proma_megatron.failure import WorkerError
         from proma_megatron.rollout.rewards import RewardError
 
         if not isinstance(error, WorkerError | RewardError):

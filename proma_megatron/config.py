@@ -34,7 +34,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class ModelConfig(Section):
+class ComputeConfig(Section):
+    """How a model is computed, whatever its shape."""
+
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    recompute: Literal["none", "full"] = "none"
+
+
+class ModelConfig(ComputeConfig):
     """A Qwen3- or Qwen2-shaped decoder; the vocabulary comes from the tokenizer."""
 
     hidden_size: PositiveInt = 128
@@ -49,8 +56,6 @@ class ModelConfig(Section):
     rope_base: PositiveFloat = 1_000_000.0
     norm_eps: PositiveFloat = 1e-6
     init_std: PositiveFloat = 0.02
-    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
-    recompute: Literal["none", "full"] = "none"
 
 
 class ParallelConfig(Section):
@@ -65,6 +70,11 @@ class ParallelConfig(Section):
     def model_size(self) -> int:
         """Ranks that hold one copy of the policy."""
         return self.tensor * self.pipeline
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all replicas; one replica where the number is left open."""
+        return self.model_size * (self.data or 1)
 
 
 class TokenizerConfig(Section):
@@ -125,6 +135,11 @@ class ProjectionConfig(Section):
     data_parallel: Literal["replica"] = "replica"
     workspace_mb: PositiveInt = 512  # for materialized sequence gradients of one layer
 
+    @property
+    def active(self) -> bool:
+        """Whether anything can be removed; if not, Megatron's own accumulation runs."""
+        return self.rule != "none" and self.shrinkage > 0 and self.bound != 0
+
 
 class BatchingConfig(Section):
     tokens_per_microbatch: PositiveInt = 1024
@@ -155,14 +170,19 @@ class WarmStartConfig(Section):
     decay: Literal["constant", "linear", "cosine"] = "cosine"
 
 
-class TrainerConfig(Section):
+class ProcessConfig(Section):
+    """The worker processes."""
+
+    timeout_minutes: PositiveFloat = 10.0  # of one collective
+    threads: PositiveInt = 1  # CPU threads per process, where there is no GPU
+
+
+class TrainerConfig(ProcessConfig):
     steps: PositiveInt = 50
     validate_every: NonNegativeInt = 20  # greedy accuracy; 0: only before and after
     kl_every: NonNegativeInt = 1  # KL to the policy that RL started from; 0: only at the end
     save_every: NonNegativeInt = 0  # 0: only before RL and after the last step
     log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
-    timeout_minutes: PositiveFloat = 10.0  # of one collective
-    threads: PositiveInt = 1  # CPU threads per process, where there is no GPU
 
 
 class RunConfig(Section):
@@ -192,12 +212,7 @@ class RunConfig(Section):
     @property
     def projects(self) -> bool:
         """Whether weight gradients go through the projected accumulator."""
-        return (
-            self.algorithm == "proma"
-            and self.projection.rule != "none"
-            and self.projection.shrinkage > 0
-            and self.projection.bound != 0
-        )
+        return self.algorithm == "proma" and self.projection.active
 
     @property
     def max_sequence_length(self) -> int:
@@ -210,6 +225,23 @@ class RunConfig(Section):
         for problem in _run_problems(self):
             raise ValueError(problem)
         return self
+
+
+class GradientsConfig(Section):
+    """What `proma grads` and `proma verify` take as overrides; the names are the run's."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0  # of random weights and batches
+    model: ComputeConfig = ComputeConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    projection: ProjectionConfig = ProjectionConfig()
+    trainer: ProcessConfig = ProcessConfig()
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Whether this model can be cut into this layout; ConfigError if not."""
+    for problem in _layout_problems(model, parallel):
+        raise ConfigError(problem)
 
 
 def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -365,10 +397,20 @@ def validate_config(tree: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: one sentence per fault, the first few of them.
     """
+    return _validate(tree, RunConfig)
+
+
+def gradients_config(overrides: Sequence[str]) -> GradientsConfig:
+    """A validated `GradientsConfig` of defaults and overrides; raises as `validate_config`."""
+    return _validate(apply_overrides({}, overrides), GradientsConfig)
+
+
+def _validate[Root: Section](tree: dict[str, Any], root: type[Root]) -> Root:
     try:
-        return RunConfig.model_validate(tree)
+        return root.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(fault) for fault in error.errors()[:3])) from None
+        sentences = [_sentence(fault, root) for fault in error.errors()[:3]]
+        raise ConfigError("; ".join(sentences)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -376,12 +418,12 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _sentence(fault: Any) -> str:
+def _sentence(fault: Any, root: type[Section]) -> str:
     """One pydantic fault in words: the key, the value, what was expected, the fix."""
     key = ".".join(str(part) for part in fault["loc"])
     kind, value, context = fault["type"], fault.get("input"), fault.get("ctx", {})
     if kind == "extra_forbidden":
-        section: Any = RunConfig
+        section: Any = root
         for part in fault["loc"][:-1]:
             section = _section_type(section, str(part))
         close = difflib.get_close_matches(

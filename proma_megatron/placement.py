@@ -16,8 +16,8 @@ def choose_device(requested: str, local_world_size: int) -> str:
     available = torch.cuda.device_count()
     if requested == "cuda" and available < local_world_size:
         raise ConfigError(
-            f"device is 'cuda' and this node runs {local_world_size} workers, but it has "
-            f"{available} GPUs; use a smaller layout or device=cpu"
+            f"device is 'cuda' and this node has {available} of the {local_world_size} GPUs that "
+            "the layout needs; use a smaller layout or device=cpu"
         )
     if requested == "cpu" or available < local_world_size:
         return "cpu"

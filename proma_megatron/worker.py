@@ -6,21 +6,17 @@ torchrun and srun. A failure is written to ``logs/error_rank<r>.json`` and ends 
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import sys
-import time
-import traceback
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from proma_megatron.config import ConfigError, RunConfig, load_config
+from proma_megatron.config import RunConfig, load_config
+from proma_megatron.failure import fail
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.reporting import Live, Reporter, Silent
-from proma_megatron.rollout.rewards import RewardError, load_reward
+from proma_megatron.rollout.rewards import load_reward
 from proma_megatron.rollout.source import prepare_data
 from proma_megatron.run_dir import RunDir
 from proma_megatron.topology import layout, process_group
@@ -44,7 +40,7 @@ def run_worker(config: RunConfig, resume: bool) -> None:
         try:
             _run_in_group(config, run_dir, device, resume)
         except BaseException as error:  # torch's CheckpointException is no Exception
-            fail(run_dir, error)
+            fail(run_dir.logs, error)
 
 
 def _run_in_group(config: RunConfig, run_dir: RunDir, device: torch.device, resume: bool) -> None:
@@ -65,46 +61,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def fail(run_dir: RunDir, error: BaseException) -> NoReturn:
-    """Record what stopped this rank and end the process, without waiting for the other ranks.
-
-    Leaving in an orderly way would tear down the process group first, which can wait for peers
-    that are still inside a collective.
-    """
-    record_error(run_dir.logs, error)
-    if "PROMA_LAUNCHER" not in os.environ:  # the launcher shows the first error of all ranks
-        expected = isinstance(error, ConfigError | RewardError)
-        if not expected:
-            traceback.print_exception(error)
-        elif os.environ["RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr)
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(2 if isinstance(error, ConfigError) else 1)
-
-
-def record_error(logs: Path, error: BaseException) -> None:
-    """Write what stopped this rank to ``logs/error_rank<r>.json``."""
-    record = {
-        "rank": int(os.environ.get("RANK", "0")),
-        "time": time.time(),
-        "kind": type(error).__name__,
-        "message": str(error),
-        "config": isinstance(error, ConfigError),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
-    (logs / f"error_rank{record['rank']}.json").write_text(json.dumps(record))
-
-
 def main() -> None:
     path, *flags = sys.argv[1:]
     config = load_config(Path(path))
     try:
         run_worker(config, resume="--resume" in flags)
     except Exception as error:
-        fail(RunDir(config.run_dir), error)
+        fail(RunDir(config.run_dir).logs, error)
 
 
 if __name__ == "__main__":

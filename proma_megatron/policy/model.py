@@ -118,12 +118,13 @@ def build_policy(
     max_sequence_length: int,
     topology: Topology,
     *,
-    seed: int,
+    seed: int | None,
     distributed_optimizer: bool = False,
 ) -> Policy:
     """The policy of this rank, initialized from ``seed`` alike in every layout.
 
     Args:
+        seed: None leaves the weights as they come from memory, for a caller that fills them.
         vocab_size: tokens of the tokenizer; the sharded tables are padded to a multiple of TP.
         max_sequence_length: longest sequence that is trained on or generated.
     """
@@ -148,7 +149,8 @@ def build_policy(
                 vp_stage=vp_stage,
             )
             _capture_ends(chunk)
-            initialize(chunk, model, vocab_size, topology, seed)
+            if seed is not None:
+                initialize(chunk, model, vocab_size, topology, seed)
             chunks.append(chunk.to(topology.device))
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=model.dtype == "bfloat16",

@@ -22,17 +22,22 @@ checkpoints all speak them. Megatron fuses q, k, v and gate, up, and cuts along 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from proma_megatron.config import ModelConfig
-from proma_megatron.topology import Topology
+
+if TYPE_CHECKING:  # the launcher reads the table without loading Megatron
+    from proma_megatron.topology import Topology
+
+GATHERED_TOGETHER = 2**26  # entries
 
 
 class Reduction(Enum):
@@ -257,10 +262,17 @@ def tensor_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, .
 # --------------------------------------------------------------------------- filling and reading
 
 
-def fill(shards: Iterable[ParameterShard], read: Callable[[str], torch.Tensor]) -> None:
-    """Copy unsharded Hugging Face tensors into local parameters; padding rows become 0.
+class Narrowable(Protocol):
+    """A tensor, or what reads slices of one from a file."""
 
-    ``read(name)`` gives one unsharded tensor; it is called for one tensor at a time.
+    def narrow(self, axis: int, start: int, length: int, /) -> torch.Tensor: ...
+
+
+def fill(shards: Iterable[ParameterShard], read: Callable[[str], Narrowable]) -> None:
+    """Copy slices of Hugging Face tensors into local parameters; padding rows become 0.
+
+    ``read(name)`` gives one tensor; it is called for one tensor at a time, and only for those of
+    which this rank holds a part.
     """
     with torch.no_grad():
         for shard in shards:
@@ -313,25 +325,42 @@ def gather(
     ``read(shard)`` gives the local value: the parameter, its gradient, or an optimizer state of its
     shape. Only ranks of the first data-parallel replica contribute.
     """
-    local: list[tuple[str, int, int, torch.Tensor]] = []
+    shapes = tensor_shapes(model, vocab_size)
+    mine: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
     if topology.data.rank == 0:
         for shard in shards:
             if shard.reduction is not Reduction.DISJOINT and topology.tensor.rank > 0:
                 continue
-            value = read(shard).detach().cpu()
-            local += [
-                (run.tensor, shard.axis, run.start, value.narrow(shard.axis, run.local, run.length))
-                for run in shard.runs
-                if run.length
-            ]
-    pieces: list[Any] | None = [None] * topology.world_size if topology.is_main else None
-    dist.gather_object(local, pieces, dst=0)
-    if pieces is None:
-        return {}
+            value = read(shard).detach()
+            for run in shard.runs:
+                if run.length:
+                    part = value.narrow(shard.axis, run.local, run.length)
+                    mine.setdefault(run.tensor, []).append((shard.axis, run.start, part))
     full: dict[str, torch.Tensor] = {}
-    shapes = tensor_shapes(model, vocab_size)
-    for name, axis, start, value in (item for rank in pieces for item in rank):
-        if name not in full:
-            full[name] = torch.full(shapes[name], torch.nan, dtype=value.dtype)
-        full[name].narrow(axis, start, value.shape[axis]).copy_(value)
+    for names in _in_groups(shapes):
+        local = [
+            (name, axis, start, part.cpu())
+            for name in names
+            for axis, start, part in mine.get(name, ())
+        ]
+        pieces: list[Any] | None = [None] * topology.world_size if topology.is_main else None
+        dist.gather_object(local, pieces, dst=0)
+        for name, axis, start, part in (item for rank in pieces or () for item in rank):
+            if name not in full:
+                full[name] = torch.full(shapes[name], torch.nan, dtype=part.dtype)
+            full[name].narrow(axis, start, part.shape[axis]).copy_(part)
     return full
+
+
+def _in_groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Names of tensors that are gathered together: what is in passing stays small."""
+    group: list[str] = []
+    entries = 0
+    for name, shape in shapes.items():
+        group.append(name)
+        entries += math.prod(shape)
+        if entries >= GATHERED_TOGETHER:
+            yield group
+            group, entries = [], 0
+    if group:
+        yield group

@@ -256,9 +256,8 @@ def plain(workers: WorkerPool) -> Callable[..., Tensors]:
             gradients,
             model=TINY.model_copy(update=changes),
             parallel=ParallelConfig(),
-            projection=ProjectionConfig(),
+            projection=ProjectionConfig(rule="none"),
             batch=batch,
-            algorithm="reinforce",
         )[0]
 
     return run

@@ -9,12 +9,13 @@ import torch
 
 from proma_megatron.batching.packing import pack
 from proma_megatron.config import ParallelConfig, ProjectionConfig
+from proma_megatron.exactness.accumulate import denominator
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.schedule import forward_backward
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.topology import layout
-from support.gradients import TINY, VOCAB, batch_denominator, random_batch
+from support.gradients import TINY, VOCAB, random_batch
 
 
 class Unplugged(Accumulator):
@@ -63,7 +64,7 @@ def run_with_a_forgotten_layer(device: torch.device, layer: int, path: str) -> s
         accumulator.forgotten = decoder.layers[layer].get_submodule(path)
         batch = random_batch(0, [2, 2])
         microbatches = [
-            pack(sequences, index, batch_denominator(batch), device)
+            pack(sequences, index, denominator(batch), device)
             for index, sequences in enumerate(batch)
         ]
         unit = LossOptions("unit")

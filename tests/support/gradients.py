@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 
-from proma_megatron.batching.packing import loss_tokens, pack
 from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.exactness.accumulate import denominator, projected_gradients, replica_share
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.parameters import fill, gather, tensor_shapes
@@ -77,11 +78,6 @@ def streaming(projection: ProjectionConfig, block_bytes: int) -> ProjectionConfi
     return projection.model_copy(update={"workspace_mb": workspace})
 
 
-def batch_denominator(batch: Batch) -> float:
-    """N: the loss tokens of all microbatches."""
-    return float(loss_tokens([sequence for microbatch in batch for sequence in microbatch]))
-
-
 def nothing(device: torch.device) -> None:
     """A job that only starts the workers and makes them import what the others need."""
 
@@ -93,32 +89,36 @@ def gradients(
     projection: ProjectionConfig,
     batch: Batch,
     seed: int = 7,
-    algorithm: str = "proma",
-    denominator: float | None = None,
+    total: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """The accumulated gradient of every Hugging Face tensor (on rank 0; empty elsewhere).
 
-    ``denominator`` is N, if ``batch`` is a part of the minibatch.
+    ``total`` is N, if ``batch`` is a part of the minibatch.
     """
     with layout(parallel, device, seed) as topology:
         policy = build_policy(model, VOCAB, 64, topology, seed=seed)
         fill(policy.shards, random_weights(model, seed).__getitem__)
-        denominator = batch_denominator(batch) if denominator is None else denominator
-        multiple = topology.tensor.size if topology.sequence_parallel else 1
-        mine = batch[topology.data.rank :: topology.data.size]
-        if topology.virtual_pipeline > 1:  # the interleaved schedule takes multiples of its stages
-            mine = [*mine, *([[]] * (-len(mine) % topology.pipeline.size))]
-        microbatches = [
-            pack(sequences, index, denominator, device, multiple)
-            for index, sequences in enumerate(mine)
-        ]
-        accumulator = None
-        if algorithm == "proma" and projection.rule != "none":
-            accumulator = Accumulator(
-                policy.modules, policy.shards, projection, topology, tied=model.tie_embeddings
-            )
-        kind = "unit" if accumulator is not None else "reinforce"
-        forward_backward(policy, microbatches, LossOptions(kind), accumulator=accumulator)
+        found, _ = projected_gradients(policy, batch, projection, total=total)
+        return found
+
+
+def captured_gradients(
+    device: torch.device,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    projection: ProjectionConfig,
+    batch: Batch,
+    seed: int = 7,
+) -> dict[str, torch.Tensor]:
+    """As `gradients` on one replica, through the accumulator even where nothing is projected."""
+    with layout(parallel, device, seed) as topology:
+        policy = build_policy(model, VOCAB, 64, topology, seed=seed)
+        fill(policy.shards, random_weights(model, seed).__getitem__)
+        accumulator = Accumulator(
+            policy.modules, policy.shards, projection, topology, tied=model.tie_embeddings
+        )
+        microbatches = replica_share(batch, 0, 1, topology, denominator(batch))
+        forward_backward(policy, microbatches, LossOptions("unit"), accumulator=accumulator)
         return gather(
             policy.shards,
             lambda shard: shard.parameter.main_grad,  # type: ignore[attr-defined]
@@ -126,3 +126,19 @@ def gradients(
             VOCAB,
             topology,
         )
+
+
+def unit_figures(
+    device: torch.device,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    projection: ProjectionConfig,
+    batch: Batch,
+    raw: bool = False,
+) -> dict[str, Any]:
+    """The diagnostics of every unit, or the sums behind them."""
+    with layout(parallel, device, 7) as topology:
+        policy = build_policy(model, VOCAB, 64, topology, seed=7)
+        fill(policy.shards, random_weights(model, 7).__getitem__)
+        _, units = projected_gradients(policy, batch, projection)
+        return {name: sums if raw else sums.figures() for name, sums in units.items()}

@@ -22,7 +22,7 @@ from transformers import (
 
 from proma_megatron.config import ModelConfig, ProjectionConfig
 from proma_megatron.records import TrainingSequence
-from support.gradients import VOCAB, Batch, batch_denominator, random_weights
+from support.gradients import VOCAB, Batch, random_weights
 from support.paper import complement
 
 Gradients = dict[str, torch.Tensor]  # by Hugging Face name
@@ -37,10 +37,9 @@ def reference_gradients(
     the chains are added.
     """
     network = huggingface_model(model, seed)
-    denominator = batch_denominator(batch)
+    total = float(sum(sum(s.loss_mask[1:]) for microbatch in batch for s in microbatch))
     chains = [
-        _chain(network, batch[replica::replicas], projection, denominator)
-        for replica in range(replicas)
+        _chain(network, batch[replica::replicas], projection, total) for replica in range(replicas)
     ]
     return {name: sum(chain[name] for chain in chains) for name in chains[0]}  # type: ignore[misc]
 
@@ -88,7 +87,7 @@ def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _sequence_gradients(
-    network: PreTrainedModel, sequence: TrainingSequence, denominator: float
+    network: PreTrainedModel, sequence: TrainingSequence, total: float
 ) -> Gradients:
     """Gradient of ``-(1/N) sum_t w_t log pi_t``; the advantage is not in it."""
     network.zero_grad(set_to_none=True)
@@ -99,7 +98,7 @@ def _sequence_gradients(
     loss = logits.new_zeros(())
     for t in range(1, len(sequence.tokens)):
         weight = sequence.loss_mask[t] * weights[t]
-        loss = loss - weight * logprobs[t - 1, sequence.tokens[t]] / denominator
+        loss = loss - weight * logprobs[t - 1, sequence.tokens[t]] / total
     loss.backward()
     return {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
@@ -108,7 +107,7 @@ def _sequence_gradients(
 
 
 def _chain(
-    network: PreTrainedModel, batch: Batch, projection: ProjectionConfig, denominator: float
+    network: PreTrainedModel, batch: Batch, projection: ProjectionConfig, total: float
 ) -> Gradients:
     parameters = dict(network.named_parameters())
     units = _units(list(parameters), projection)
@@ -117,7 +116,7 @@ def _chain(
         for unit, names in units.items()
     }
     for microbatch in batch:
-        found = [_sequence_gradients(network, sequence, denominator) for sequence in microbatch]
+        found = [_sequence_gradients(network, sequence, total) for sequence in microbatch]
         if not found:
             continue
         advantages = torch.tensor([sequence.advantage for sequence in microbatch]).double()

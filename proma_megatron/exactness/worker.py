@@ -1,0 +1,123 @@
+"""One rank of `proma grads` or `proma verify`.
+
+Started as ``python -m proma_megatron.exactness.worker JOB LOGS``, or entered under torchrun and
+srun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from proma_megatron.batching.batch_file import read_batch
+from proma_megatron.exactness.accumulate import Batch, denominator, projected_gradients
+from proma_megatron.exactness.job import GradientJob, complete_or_absent
+from proma_megatron.failure import fail
+from proma_megatron.placement import choose_device
+from proma_megatron.policy.huggingface import read_model
+from proma_megatron.policy.model import DTYPES, Policy, build_policy
+from proma_megatron.policy.parameters import fill
+from proma_megatron.projection import diagnostics
+from proma_megatron.projection.diagnostics import UnitSums
+from proma_megatron.projection.units import layer_of
+from proma_megatron.topology import Topology, layout, process_group
+
+
+def run_gradients(job: GradientJob, logs: Path) -> None:
+    """The job of this rank, from torchrun's environment variables; rank 0 writes the files."""
+    process = job.config.trainer
+    device_type = choose_device(job.config.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device_type == "cpu":
+        torch.set_num_threads(process.threads)
+    with process_group(device_type, process.timeout_minutes) as device:
+        try:
+            with layout(
+                job.config.parallel, device, job.config.seed, process.timeout_minutes
+            ) as topology:
+                _run(job, topology)
+        except BaseException as error:
+            fail(logs, error)
+
+
+def _run(job: GradientJob, topology: Topology) -> None:
+    start = time.monotonic()
+
+    def progress(text: str) -> None:
+        if topology.is_main:
+            print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    batch = read_batch(job.batch, job.vocab_size)
+    policy = _policy(job, batch, topology)
+    progress("weights are in place")
+    gradients, units = projected_gradients(
+        policy, batch, job.config.projection, chains=job.chains, progress=progress
+    )
+    if topology.is_main:
+        _write(job, gradients, units, batch)
+        progress(f"wrote {job.out}")
+    topology.barrier()
+
+
+def _policy(job: GradientJob, batch: Batch, topology: Topology) -> Policy:
+    longest = max(len(sequence.tokens) for microbatch in batch for sequence in microbatch)
+    seed = job.config.seed if job.weights is None else None
+    policy = build_policy(job.model, job.vocab_size, longest, topology, seed=seed)
+    if job.weights is not None:
+        fill(policy.shards, read_model(job.weights, job.config.model).read)
+    return policy
+
+
+def _write(
+    job: GradientJob,
+    gradients: Mapping[str, torch.Tensor],
+    units: Mapping[str, UnitSums],
+    batch: Batch,
+) -> None:
+    dtype = DTYPES[job.config.model.dtype]
+    config = job.config.model_dump(mode="json")
+    with complete_or_absent(job.out) as part:
+        save_file(
+            {name: value.to(dtype).contiguous() for name, value in gradients.items()},
+            part,
+            metadata={"format": "pt", "proma": json.dumps(config)},
+        )
+    job.summary.write_text(json.dumps(_summary(job, units, batch)))
+
+
+def _summary(job: GradientJob, units: Mapping[str, UnitSums], batch: Batch) -> dict[str, Any]:
+    return {
+        "out": str(job.out),
+        "microbatches": len(batch),
+        "sequences": sum(len(microbatch) for microbatch in batch),
+        "loss_tokens": int(denominator(batch)),
+        "total": diagnostics.total(units).figures(),
+        "kinds": {kind: sums.figures() for kind, sums in diagnostics.by_kind(units).items()},
+        "units": {name: units[name].figures() for name in sorted(units, key=_place)},
+    }
+
+
+def _place(name: str) -> tuple[bool, int, str]:
+    """Layers in their order, then embedding, final norm and head."""
+    layer = layer_of(name)
+    return layer is None, layer or 0, name
+
+
+def main() -> None:
+    path, logs = (Path(argument) for argument in sys.argv[1:])
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is for the result
+    try:
+        run_gradients(GradientJob.model_validate_json(path.read_text()), logs)
+    except Exception as error:
+        fail(logs, error)
+
+
+if __name__ == "__main__":
+    main()
