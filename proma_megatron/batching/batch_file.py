@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def _parse(line: str, vocab_size: int) -> tuple[int, TrainingSequence]:
     """Microbatch and sequence of one line; ValueError with what is wrong."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"holds {type(row).__name__}, expected a JSON object")
@@ -154,9 +155,11 @@ def _check_length(name: str, value: Any, length: int) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {_short(value)}, expected a finite number")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, int | float):
+        with contextlib.suppress(OverflowError):  # an integer beyond float64
+            if math.isfinite(float(value)):
+                return float(value)
+    raise ValueError(f"{name} is {_short(value)}, expected a finite number")
 
 
 def _is_integer(value: Any) -> bool:

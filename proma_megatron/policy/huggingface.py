@@ -20,6 +20,12 @@ from safetensors import SafetensorError, safe_open
 from proma_megatron.config import ComputeConfig, ConfigError, ModelConfig
 from proma_megatron.policy.parameters import tensor_shapes
 
+# How config.json spells what ModelConfig checks.
+SPELLED: dict[Any, str] = {
+    "norm_eps": "rms_norm_eps",
+    "rope_base": "rope_theta",
+    "tie_embeddings": "tie_word_embeddings",
+}
 FAMILIES = ("qwen2", "qwen3")  # Qwen2.5 calls itself qwen2
 
 
@@ -108,7 +114,11 @@ def _read_shape(
         return value
 
     heads, hidden = size("num_attention_heads"), size("hidden_size")
-    rope = fields.get("rope_parameters") or fields
+    shape: dict[str, Any] = {
+        "norm_eps": fields.get("rms_norm_eps"),
+        "rope_base": _rope(fields).get("rope_theta"),
+        "tie_embeddings": fields.get("tie_word_embeddings", False),
+    }
     try:
         model = ModelConfig(
             hidden_size=hidden,
@@ -119,33 +129,40 @@ def _read_shape(
             head_dim=size("head_dim", hidden // heads),
             qk_norm=family == "qwen3",
             qkv_bias=family == "qwen2",
-            tie_embeddings=fields.get("tie_word_embeddings", False),
-            rope_base=rope.get("rope_theta"),  # type: ignore[arg-type]
-            norm_eps=fields.get("rms_norm_eps"),  # type: ignore[arg-type]
             dtype=compute.dtype,
             recompute=compute.recompute,
+            **shape,
         )
     except ValidationError as error:
         fault = error.errors()[0]
         raise ConfigError(
-            f"{path / 'config.json'}: {fault['loc'][0]} is {fault['input']!r}, but "
-            f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
+            f"{path / 'config.json'}: {SPELLED.get(fault['loc'][0], fault['loc'][0])} is "
+            f"{fault['input']!r}, but {fault['msg'][0].lower()}{fault['msg'][1:]}"
         ) from None
     return model, size("vocab_size")
 
 
+def _rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters as transformers 5 writes them, or at top level as earlier versions did."""
+    rope = fields.get("rope_parameters")
+    return rope if isinstance(rope, dict) else fields
+
+
 def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
     """What the configuration asks for and Megatron's layers here don't do."""
-    rope = fields.get("rope_parameters") or {}
-    scaling = fields.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        yield f"rope_type is '{kind}', of which only 'default' is supported"
+    for key in ("rope_parameters", "rope_scaling"):  # both may be there; both must be plain
+        rope = fields.get(key) or {}
+        if not isinstance(rope, dict):
+            yield f"{key} is {rope!r}, expected an object"
+            continue
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind != "default":
+            yield f"rope_type is '{kind}' in {key}, of which only 'default' is supported"
     if fields.get("use_sliding_window"):
         yield "use_sliding_window is true, but only full attention is supported"
-    other = {kind for kind in fields.get("layer_types") or () if kind != "full_attention"}
-    if other:
-        yield f"layer_types has {sorted(other)}, but only 'full_attention' is supported"
+    layers = fields.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        yield f"layer_types is {layers}, but only 'full_attention' is supported"
     if fields.get("attention_bias"):
         yield "attention_bias is true, which Qwen3's published models don't have"
     if fields.get("hidden_act", "silu") != "silu":
@@ -158,23 +175,25 @@ def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def _find_tensors(path: Path) -> dict[str, str]:
-    """Every tensor with the file that holds it: from the index, or from the only file."""
-    if (path / "model.safetensors.index.json").is_file():
-        index = _read_json(path, "model.safetensors.index.json").get("weight_map")
-        if not isinstance(index, dict):
-            raise ConfigError(f"{path}/model.safetensors.index.json has no 'weight_map'")
-        for file in sorted(set(index.values())):
-            present = _names(path / file)
-            missing = [name for name, at in index.items() if at == file and name not in present]
-            if missing:
-                raise ConfigError(f"{path / file} has no tensor {missing[0]}, which the index says")
-        return index
-    if not (path / "model.safetensors").is_file():
+    """Every tensor with the file that holds it: from the only file, or from the index."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():  # transformers, too, looks for it first
+        return dict.fromkeys(_names(single), single.name)
+    if not index.is_file():
         raise ConfigError(
-            f"{path} has neither model.safetensors nor model.safetensors.index.json; give a model "
-            "in safetensors format"
+            f"{path} has neither {single.name} nor {index.name}; give a model in safetensors format"
         )
-    return dict.fromkeys(_names(path / "model.safetensors"), "model.safetensors")
+    listed = _read_json(path, index.name).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(at, str) for at in listed.values()):
+        raise ConfigError(f"{index} has no 'weight_map' from tensors to files; download it again")
+    for file in sorted(set(listed.values())):
+        named = {name for name, at in listed.items() if at == file}
+        present = _names(path / file)
+        for name in sorted(named - present):
+            raise ConfigError(f"{path / file} has no tensor {name}, which the index puts there")
+        for name in sorted(present - named):
+            raise ConfigError(f"{path / file} holds {name}, which the index does not put there")
+    return listed
 
 
 def _names(file: Path) -> set[str]:

@@ -24,12 +24,7 @@ MAX_WORKERS = 4
 JOB_TIMEOUT = 300.0
 
 
-def backend(world_size: int) -> str:
-    """NCCL when every rank can have a GPU of its own, else Gloo."""
-    return "nccl" if torch.cuda.device_count() >= world_size else "gloo"
-
-
-def _serve(rank: int, pipe: Connection) -> None:
+def _serve(rank: int, device_type: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
@@ -38,21 +33,31 @@ def _serve(rank: int, pipe: Connection) -> None:
             return  # the session is over
         function, arguments, world_size, store = job
         try:
-            pipe.send((True, _run(function, arguments, rank, world_size, store)))
+            pipe.send((True, _run(function, arguments, device_type, rank, world_size, store)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
             return
 
 
 def _run(
-    function: Callable[..., Any], arguments: dict[str, Any], rank: int, world_size: int, store: str
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    device_type: str,
+    rank: int,
+    world_size: int,
+    store: str,
 ) -> Any:
     from proma_megatron.topology import setup_device
 
     os.environ["LOCAL_RANK"] = str(rank)
-    kind = backend(world_size)
-    device = setup_device("cuda" if kind == "nccl" else "cpu")
-    dist.init_process_group(kind, init_method=f"file://{store}", rank=rank, world_size=world_size)
+    device = setup_device(device_type)
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        device_id=device if device_type == "cuda" else None,
+    )
     try:
         # Connections are made lazily: a rank that is done before they are would break the others'.
         dist.barrier()
@@ -64,7 +69,8 @@ def _run(
 class WorkerPool:
     """Runs ``function(device, **arguments)`` on the ranks of a process group."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
+        self.device_type = device_type
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
@@ -73,7 +79,9 @@ class WorkerPool:
         context = mp.get_context("spawn")
         while len(self._workers) < world_size:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(len(self._workers), self.device_type, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._workers.append((process, ours))
