@@ -427,7 +427,7 @@ def _sentence(fault: Any, root: type[Section]) -> str:
         for part in fault["loc"][:-1]:
             section = _section_type(section, str(part))
         close = difflib.get_close_matches(
-            str(fault["loc"][-1]), section.model_fields, n=1, cutoff=0.5
+            str(fault["loc"][-1]), section.model_fields, n=1, cutoff=0.6
         )
         prefix = ".".join(str(part) for part in fault["loc"][:-1])
         known = ", ".join(section.model_fields)

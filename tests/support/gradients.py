@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from proma_megatron.batching.packing import pack
 from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
 from proma_megatron.exactness.accumulate import denominator, projected_gradients, replica_share
 from proma_megatron.policy.losses import LossOptions
-from proma_megatron.policy.model import build_policy
+from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.parameters import fill, gather, tensor_shapes
 from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.projection import solver
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.records import TrainingSequence
 from proma_megatron.topology import layout
@@ -108,24 +112,37 @@ def captured_gradients(
     parallel: ParallelConfig,
     projection: ProjectionConfig,
     batch: Batch,
-    seed: int = 7,
+    padding: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """As `gradients` on one replica, through the accumulator even where nothing is projected."""
-    with layout(parallel, device, seed) as topology:
-        policy = build_policy(model, VOCAB, 64, topology, seed=seed)
-        fill(policy.shards, random_weights(model, seed).__getitem__)
+    """As `gradients` on one replica, through the accumulator even where nothing is projected.
+
+    ``padding`` fills microbatches up to a multiple of so many tokens.
+    """
+    with layout(parallel, device, 7) as topology:
+        policy = build_policy(model, VOCAB, 64, topology, seed=7)
+        fill(policy.shards, random_weights(model, 7).__getitem__)
         accumulator = Accumulator(
             policy.modules, policy.shards, projection, topology, tied=model.tie_embeddings
         )
-        microbatches = replica_share(batch, 0, 1, topology, denominator(batch))
+        total = denominator(batch)
+        microbatches = replica_share(batch, 0, 1, topology, total)
+        if padding is not None:
+            microbatches = [
+                pack(sequences, index, total, device, padding)
+                for index, sequences in enumerate(batch)
+            ]
         forward_backward(policy, microbatches, LossOptions("unit"), accumulator=accumulator)
-        return gather(
-            policy.shards,
-            lambda shard: shard.parameter.main_grad,  # type: ignore[attr-defined]
-            model,
-            VOCAB,
-            topology,
-        )
+        return _main_grads(policy)
+
+
+def _main_grads(policy: Policy) -> dict[str, torch.Tensor]:
+    return gather(
+        policy.shards,
+        lambda shard: shard.parameter.main_grad,  # type: ignore[attr-defined]
+        policy.model,
+        policy.vocab_size,
+        policy.topology,
+    )
 
 
 def unit_figures(
@@ -142,3 +159,43 @@ def unit_figures(
         fill(policy.shards, random_weights(model, 7).__getitem__)
         _, units = projected_gradients(policy, batch, projection)
         return {name: sums if raw else sums.figures() for name, sums in units.items()}
+
+
+def plain_gradients(
+    device: torch.device,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    projection: ProjectionConfig,
+    batch: Batch,
+) -> dict[str, torch.Tensor]:
+    """Megatron's own accumulation of the policy-gradient loss, on its own schedule."""
+    with layout(parallel, device, 7) as topology:
+        policy = build_policy(model, VOCAB, 64, topology, seed=7)
+        fill(policy.shards, random_weights(model, 7).__getitem__)
+        microbatches = replica_share(batch, 0, 1, topology, denominator(batch))
+        forward_backward(policy, microbatches, LossOptions("reinforce"))
+        return _main_grads(policy)
+
+
+def collectives(
+    device: torch.device,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    projection: ProjectionConfig,
+    batch: Batch,
+) -> dict[str, torch.Tensor]:
+    """Under "sizes": the numbers of float64 values in each collective of the projection."""
+    sizes: list[int] = []
+    original = dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_globals["__name__"] == solver.__name__:
+            sizes.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        gradients(device, model, parallel, projection, batch)
+    finally:
+        dist.all_reduce = original
+    return {"sizes": torch.tensor(sizes)}

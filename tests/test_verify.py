@@ -1,0 +1,147 @@
+"""`proma verify`: what it compares, and that it can fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.cases import MODELS
+from support.reference import huggingface_model
+
+from proma_megatron.config import ConfigError
+from proma_megatron.exactness.verify import (
+    KindError,
+    compare,
+    random_batch,
+    read_subject,
+    relative_error,
+)
+
+QUICKSTART = Path("configs/quickstart.yaml")
+
+
+def verify(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """`proma verify`, after running some Python in its process."""
+    code = f"{before}\nfrom proma_megatron.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, "verify", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "qwen2"
+    huggingface_model(MODELS["qwen2"], 3).save_pretrained(folder)
+    return folder
+
+
+def test_the_quickstart_passes_in_its_own_layout() -> None:
+    done = verify(str(QUICKSTART))
+    assert done.returncode == 0, done.stderr
+    assert "FAIL" not in done.stdout
+    assert "self_attn.q_norm.weight" in done.stdout
+    assert "PASS: tensor 2 x pipeline 1 x data 1 (2 workers on cpu (Gloo))" in done.stdout
+    assert "float32" in done.stdout
+
+
+def test_a_tolerance_that_is_not_met_fails(qwen2: Path) -> None:
+    """Replicas, in float64: the sum of two chains differs in its last bits at least."""
+    strict = "import proma_megatron.exactness.verify as v; v.TOLERANCES['float64'] = 0.0"
+    done = verify(str(qwen2), "parallel.data=2", "parallel.tensor=2", before=strict)
+    assert done.returncode == 1, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("FAIL: tensor 2 x pipeline 1 x data 2 (4 workers")
+    largest = float(last.split("largest relative error ")[1].split(",")[0])
+    assert 0 < largest < 1e-10
+
+
+# --------------------------------------------------------------------------- what is verified
+
+
+def test_a_model_directory_is_verified_in_float64_on_two_ranks(
+    qwen2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = read_subject(qwen2, [])
+    assert subject.config.model.dtype == subject.model.dtype == "float64"
+    assert subject.config.parallel.tensor == 2
+    assert subject.weights == qwen2
+    assert "parallel.tensor=2" in capsys.readouterr().err
+
+
+def test_a_layout_is_taken_as_it_is_asked_for(qwen2: Path) -> None:
+    subject = read_subject(qwen2, ["parallel.pipeline=2", "model.dtype=bfloat16"])
+    assert (subject.config.parallel.tensor, subject.config.parallel.pipeline) == (1, 2)
+    assert subject.config.model.dtype == "bfloat16"
+
+
+def test_one_process_that_was_asked_for_is_refused(qwen2: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing to compare .* parallel\.tensor=2"):
+        read_subject(qwen2, ["parallel.tensor=1"])
+
+
+def test_a_layout_that_does_not_fit_is_refused(qwen2: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.heads is 4"):
+        read_subject(qwen2, ["parallel.tensor=3"])
+
+
+def test_every_replica_and_stage_has_something_to_project() -> None:
+    subject = read_subject(QUICKSTART, ["parallel.data=2", "parallel.pipeline=4"])
+    batch = random_batch(subject)
+    assert len(batch) == 8
+    assert {len(microbatch) for microbatch in batch[::2]} == {3, 4}
+    assert batch == random_batch(subject)
+
+
+# --------------------------------------------------------------------------- comparing
+
+
+def write(path: Path, **changes: torch.Tensor) -> Path:
+    tensors = {
+        "model.layers.0.mlp.up_proj.weight": torch.ones(4, 4).double(),
+        "model.layers.1.mlp.up_proj.weight": torch.ones(4, 4).double(),
+        "model.norm.weight": torch.ones(4).double(),
+    }
+    save_file(tensors | changes, path)
+    return path
+
+
+def test_each_kind_shows_its_worst_tensor(tmp_path: Path) -> None:
+    changed = torch.ones(4, 4).double()
+    changed[2, 3] += 4e-3
+    name = "model.layers.1.mlp.up_proj.weight"
+    found = compare(write(tmp_path / "a", **{name: changed}), write(tmp_path / "b"))
+    assert found == [
+        KindError("mlp.up_proj.weight", 2, pytest.approx(1e-3), name),  # type: ignore[arg-type]
+        KindError("norm.weight", 1, 0.0, "model.norm.weight"),
+    ]
+    assert [kind.within(1e-4) for kind in found] == [False, True]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_nan_is_never_within_a_tolerance(tmp_path: Path, layer: int) -> None:
+    broken = torch.ones(4, 4).double()
+    broken[0, 0] = torch.nan
+    name = f"model.layers.{layer}.mlp.up_proj.weight"
+    kind, _ = compare(write(tmp_path / "a", **{name: broken}), write(tmp_path / "b"))
+    assert kind.where == name
+    assert not kind.within(1e9)
+
+
+def test_a_tensor_that_should_be_zero_must_be_zero() -> None:
+    zero = torch.zeros(3).double()
+    assert relative_error(zero, zero) == 0
+    assert relative_error(zero + 1e-30, zero) == float("inf")
+
+
+def test_files_with_different_tensors_are_no_comparison(tmp_path: Path) -> None:
+    extra = write(tmp_path / "a", other=torch.ones(1))
+    with pytest.raises(RuntimeError, match="different tensors"):
+        compare(extra, write(tmp_path / "b"))
