@@ -28,16 +28,23 @@ class WorkerError(RuntimeError):
     """A rank failed; the message holds that rank's own traceback."""
 
 
+class StoppedError(WorkerError):
+    """The workers were ended by a signal to the launcher."""
+
+
 # --------------------------------------------------------------------------- on a rank
 
 
-def fail(logs: Path, error: BaseException) -> NoReturn:
+def fail(logs: Path | None, error: BaseException) -> NoReturn:
     """Record what stopped this rank and end the process, without waiting for the other ranks.
+
+    Without ``logs`` it is only shown.
 
     Leaving in an orderly way would tear down the process group first, which can wait for peers
     that are still inside a collective.
     """
-    record_error(logs, error)
+    if logs is not None:
+        record_error(logs, error)
     if LAUNCHED not in os.environ:  # the launcher shows the first error of all ranks
         expected = isinstance(error, ConfigError | RewardError)
         if not expected:

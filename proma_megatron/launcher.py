@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 
 from proma_megatron.config import ConfigError, RunConfig, dump_config
-from proma_megatron.failure import WorkerError
+from proma_megatron.failure import StoppedError, WorkerError
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.rollout.rewards import load_reward
 from proma_megatron.rollout.source import check_demonstrations, prepare_data
 from proma_megatron.run_dir import RunDir, prepare_run_dir
 from proma_megatron.slurm import adopt_slurm
-from proma_megatron.workers import StoppedError, start_workers
+from proma_megatron.workers import start_workers
 
 
 def train(config: RunConfig, *, resume: bool, overwrite: bool) -> None:

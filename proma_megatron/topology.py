@@ -48,7 +48,8 @@ class Topology:
     model: Axis  # tensor x pipeline: one copy of the policy
     virtual_pipeline: int  # model chunks on this stage, 1 without interleaving
     sequence_parallel: bool
-    tied_ends: dist.ProcessGroup | None  # first and last stage, None on stages between them
+    # First and last stage, over Gloo; None on stages between them, and without pipeline.
+    tied_ends: dist.ProcessGroup | None
 
     @property
     def is_main(self) -> bool:
@@ -155,9 +156,13 @@ def layout(
             create_gloo_process_groups=device.type == "cuda",
         )
         model_parallel_cuda_manual_seed(seed)
+    topology = None
     try:
-        yield _read_topology(parallel, device)
+        topology = _read_topology(parallel, device, timeout_minutes)
+        yield topology
     finally:
+        if topology is not None and topology.tied_ends is not None:
+            dist.destroy_process_group(topology.tied_ends)
         parallel_state.destroy_model_parallel()
 
 
@@ -165,9 +170,32 @@ def _axis(group: Any) -> Axis:
     return Axis(group=group, size=dist.get_world_size(group), rank=dist.get_rank(group))
 
 
-def _read_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
-    embedding: Any = parallel_state.get_embedding_group(check_initialized=False)
-    is_end = dist.get_rank() in dist.get_process_group_ranks(embedding) if embedding else False
+def _tied_ends(parallel: ParallelConfig, timeout_minutes: float) -> dist.ProcessGroup | None:
+    """The pair of this rank, if it is on the first or the last stage.
+
+    Over Gloo also on GPUs: an NCCL send runs on the device until it is received, and with
+    CUDA_DEVICE_MAX_CONNECTIONS=1 a second one that waits behind it would hold up the very pipeline
+    that the receiver waits for.
+    """
+    if parallel.pipeline == 1:
+        return None
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+    stages = dist.get_process_group_ranks(pipeline)
+    pairs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pairs, (stages[0], stages[-1]))
+    mine: Any = None
+    for pair in sorted(set(pairs)):  # every rank takes part in making every group
+        group = dist.new_group(
+            list(pair), backend="gloo", timeout=timedelta(minutes=timeout_minutes)
+        )
+        if dist.get_rank() in pair:
+            mine = group
+    return mine
+
+
+def _read_topology(
+    parallel: ParallelConfig, device: torch.device, timeout_minutes: float
+) -> Topology:
     return Topology(
         device=device,
         rank=dist.get_rank(),
@@ -178,5 +206,5 @@ def _read_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
         model=_axis(parallel_state.get_model_parallel_group()),
         virtual_pipeline=parallel.virtual_pipeline or 1,
         sequence_parallel=parallel.sequence,
-        tied_ends=embedding if is_end and parallel.pipeline > 1 else None,
+        tied_ends=_tied_ends(parallel, timeout_minutes),
     )

@@ -9,11 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proma_megatron.config import ProcessConfig
-from proma_megatron.failure import LAUNCHED, WorkerError, first_error, forget_errors
-
-
-class StoppedError(WorkerError):
-    """The workers were ended by a signal to the launcher."""
+from proma_megatron.failure import LAUNCHED, StoppedError, first_error, forget_errors
 
 
 def start_workers(

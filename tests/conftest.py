@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.cases import LARGEST
 from support.gradients import nothing
 from support.pool import MAX_WORKERS, WorkerPool
 
@@ -25,3 +26,12 @@ def gpu_workers() -> Iterator[WorkerPool]:
     pool.run(2, nothing)
     yield pool
     pool.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures behind the exactness tests, which otherwise only say that they passed."""
+    if not LARGEST:
+        return
+    terminalreporter.section("largest relative error of a gradient tensor")
+    for comparison, (error, where) in sorted(LARGEST.items()):
+        terminalreporter.write_line(f"{error:.1e}  {comparison}  ({where})")

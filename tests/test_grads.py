@@ -207,6 +207,9 @@ def test_a_bad_override_is_refused(
         ("--batch", "no-such-file.jsonl", "can't be read"),
         ("--out", "no-such-folder/g.safetensors", "no directory"),
         ("--out", ".", "is a directory"),
+        ("--out", "/dev/null", "no ordinary file"),
+        ("--out", "BATCH", "is also read"),
+        ("--out", "WEIGHTS", "is also read"),
     ],
 )
 def test_a_bad_path_is_refused(
@@ -219,11 +222,15 @@ def test_a_bad_path_is_refused(
     part: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    read = {
+        "BATCH": str(folders / "batch.jsonl"),
+        "WEIGHTS": str(folders / "qwen3" / "model.safetensors"),
+    }
     options = {
         "--hf": str(folders / "qwen3"),
         "--batch": str(folders / "batch.jsonl"),
         "--out": "g.safetensors",
-    } | {option: value}
+    } | {option: read.get(value, value)}
     message = refused(capsys, monkeypatch, "grads", *(x for pair in options.items() for x in pair))
     assert part in message
     assert list(Path.cwd().iterdir()) == []

@@ -68,7 +68,7 @@ def test_too_few_gpus_for_a_run_that_asks_for_them_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match=r"'cuda'.* 2 workers.* 1 GPUs; .*device=cpu"):
+    with pytest.raises(ConfigError, match=r"'cuda'.* 1 of the 2 GPUs .*device=cpu"):
         choose_device("cuda", 2)
 
 

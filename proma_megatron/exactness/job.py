@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from proma_megatron.config import (
     PositiveInt,
     Section,
 )
-from proma_megatron.failure import WorkerError
+from proma_megatron.failure import StoppedError, WorkerError
+
+SUMMARY = "summary.json"  # in the folder of a job: what was run, and its diagnostics
 
 
 class GradientJob(Section):
@@ -29,29 +32,36 @@ class GradientJob(Section):
     batch: Path  # as batching.batch_file reads it
     chains: PositiveInt = 1  # replicas whose chains this one replica runs, one after the other
     out: Path  # safetensors, by Hugging Face name
-    summary: Path  # JSON: what was run, and its diagnostics
 
 
-def check_output(path: Path) -> None:
-    """Whether a file can be written there; ConfigError if not."""
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """Whether a file can be written there, without loss of what is read; ConfigError if not."""
     if path.is_dir():
         raise ConfigError(f"--out is {path}, which is a directory; give the name of a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"--out is {path}, but there is no directory {path.parent}; make it")
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"--out is {path}, but {path.parent} is not writable; choose another")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out is {path}, which is no ordinary file; give another name")
+    for source in inputs:
+        if path.exists() and path.samefile(source):
+            raise ConfigError(f"--out is {path}, which is also read; give another name")
 
 
 @contextmanager
 def working_folder(purpose: str) -> Iterator[Path]:
-    """A temporary folder; it is kept if a rank failed, for that rank's output is in it."""
+    """A temporary folder; what ranks printed is kept in it if one of them failed."""
     folder = Path(tempfile.mkdtemp(prefix=f"proma-{purpose}-"))
     try:
         yield folder
-    except WorkerError:
-        raise
-    except BaseException:
-        shutil.rmtree(folder)
+    except BaseException as error:
+        if isinstance(error, WorkerError) and not isinstance(error, StoppedError):
+            for tensors in folder.rglob("*.safetensors"):
+                tensors.unlink()
+            print(f"what the ranks printed is in {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
 
@@ -59,6 +69,7 @@ def working_folder(purpose: str) -> Iterator[Path]:
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes ``path`` at the end; nothing is left after an error."""
+    path = path.resolve()  # a link stays a link
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from proma_megatron.batching.batch_file import write_batch
 from proma_megatron.config import (
+    ComputeConfig,
     ConfigError,
     GradientsConfig,
     ModelConfig,
@@ -32,6 +33,7 @@ from proma_megatron.placement import choose_device
 from proma_megatron.policy.huggingface import read_model
 from proma_megatron.projection.units import kind_of, layer_of
 from proma_megatron.records import TrainingSequence
+from proma_megatron.slurm import adopt_slurm
 
 # Largest relative error of a tensor. In bfloat16 the forward pass of two layouts already differs in
 # its third digit; docs/exactness.md has the figures.
@@ -74,6 +76,7 @@ def verify(source: Path, overrides: Sequence[str]) -> bool:
         ConfigError: the configuration, the model or the layout don't fit.
         WorkerError: a rank failed.
     """
+    adopt_slurm(os.environ)
     if "RANK" in os.environ:
         raise ConfigError("proma verify starts its own workers; run it without torchrun or srun")
     subject = read_subject(source, overrides)
@@ -102,7 +105,6 @@ def _run(
         batch=folder / "batch.jsonl",
         chains=chains,
         out=folder / f"{name}.safetensors",
-        summary=logs / "summary.json",
     )
     run_job(job, logs)
 
@@ -141,7 +143,7 @@ def _from_run(run: RunConfig) -> Subject:
     config = GradientsConfig(
         device=run.device,
         seed=run.seed,
-        model=run.model,
+        model=ComputeConfig(dtype=run.model.dtype, recompute=run.model.recompute),
         parallel=run.parallel,
         projection=run.projection,
         trainer=ProcessConfig(

@@ -7,6 +7,7 @@ srun.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from proma_megatron.batching.batch_file import read_batch
 from proma_megatron.exactness.accumulate import Batch, denominator, projected_gradients
-from proma_megatron.exactness.job import GradientJob, complete_or_absent
+from proma_megatron.exactness.job import SUMMARY, GradientJob, complete_or_absent
 from proma_megatron.failure import fail
 from proma_megatron.placement import choose_device
 from proma_megatron.policy.huggingface import read_model
@@ -31,8 +32,15 @@ from proma_megatron.projection.units import layer_of
 from proma_megatron.topology import Topology, layout, process_group
 
 
-def run_gradients(job: GradientJob, logs: Path) -> None:
-    """The job of this rank, from torchrun's environment variables; rank 0 writes the files."""
+def run_gradients(job: GradientJob, logs: Path | None) -> str | None:
+    """The job of this rank, from torchrun's environment variables; rank 0 writes the gradients.
+
+    Args:
+        logs: where a rank that fails says so; None: on standard error only.
+
+    Returns:
+        On rank 0 what was run and its diagnostics, as JSON.
+    """
     process = job.config.trainer
     device_type = choose_device(job.config.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device_type == "cpu":
@@ -42,12 +50,12 @@ def run_gradients(job: GradientJob, logs: Path) -> None:
             with layout(
                 job.config.parallel, device, job.config.seed, process.timeout_minutes
             ) as topology:
-                _run(job, topology)
+                return _run(job, topology)
         except BaseException as error:
             fail(logs, error)
 
 
-def _run(job: GradientJob, topology: Topology) -> None:
+def _run(job: GradientJob, topology: Topology) -> str | None:
     start = time.monotonic()
 
     def progress(text: str) -> None:
@@ -61,9 +69,10 @@ def _run(job: GradientJob, topology: Topology) -> None:
         policy, batch, job.config.projection, chains=job.chains, progress=progress
     )
     if topology.is_main:
-        _write(job, gradients, units, batch)
+        _write(job, gradients)
         progress(f"wrote {job.out}")
     topology.barrier()
+    return json.dumps(_summary(job, units, batch), allow_nan=False) if topology.is_main else None
 
 
 def _policy(job: GradientJob, batch: Batch, topology: Topology) -> Policy:
@@ -75,12 +84,7 @@ def _policy(job: GradientJob, batch: Batch, topology: Topology) -> Policy:
     return policy
 
 
-def _write(
-    job: GradientJob,
-    gradients: Mapping[str, torch.Tensor],
-    units: Mapping[str, UnitSums],
-    batch: Batch,
-) -> None:
+def _write(job: GradientJob, gradients: Mapping[str, torch.Tensor]) -> None:
     dtype = DTYPES[job.config.model.dtype]
     config = job.config.model_dump(mode="json")
     with complete_or_absent(job.out) as part:
@@ -89,7 +93,6 @@ def _write(
             part,
             metadata={"format": "pt", "proma": json.dumps(config)},
         )
-    job.summary.write_text(json.dumps(_summary(job, units, batch)))
 
 
 def _summary(job: GradientJob, units: Mapping[str, UnitSums], batch: Batch) -> dict[str, Any]:
@@ -98,10 +101,15 @@ def _summary(job: GradientJob, units: Mapping[str, UnitSums], batch: Batch) -> d
         "microbatches": len(batch),
         "sequences": sum(len(microbatch) for microbatch in batch),
         "loss_tokens": int(denominator(batch)),
-        "total": diagnostics.total(units).figures(),
-        "kinds": {kind: sums.figures() for kind, sums in diagnostics.by_kind(units).items()},
-        "units": {name: units[name].figures() for name in sorted(units, key=_place)},
+        "total": _finite(diagnostics.total(units)),
+        "kinds": {kind: _finite(sums) for kind, sums in diagnostics.by_kind(units).items()},
+        "units": {name: _finite(units[name]) for name in sorted(units, key=_place)},
     }
+
+
+def _finite(sums: UnitSums) -> dict[str, float | None]:
+    """The figures; what overflowed is null, for JSON has no other word."""
+    return {k: v if math.isfinite(v) else None for k, v in sums.figures().items()}
 
 
 def _place(name: str) -> tuple[bool, int, str]:
@@ -114,7 +122,9 @@ def main() -> None:
     path, logs = (Path(argument) for argument in sys.argv[1:])
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is for the result
     try:
-        run_gradients(GradientJob.model_validate_json(path.read_text()), logs)
+        summary = run_gradients(GradientJob.model_validate_json(path.read_text()), logs)
+        if summary is not None:
+            (logs / SUMMARY).write_text(summary)
     except Exception as error:
         fail(logs, error)
 

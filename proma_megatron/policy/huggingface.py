@@ -83,8 +83,8 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         )
     try:
         found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}); download it again") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} can't be read as JSON ({error}); download it again") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{file} holds {type(found).__name__}, expected a JSON object")
     return found

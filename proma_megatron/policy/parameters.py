@@ -339,7 +339,8 @@ def gather(
     full: dict[str, torch.Tensor] = {}
     for names in _in_groups(shapes):
         local = [
-            (name, axis, start, part.cpu())
+            # A copy: pickling a view would send the whole buffer that it looks into.
+            (name, axis, start, part.to("cpu", copy=True).contiguous())
             for name in names
             for axis, start, part in mine.get(name, ())
         ]

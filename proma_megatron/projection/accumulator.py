@@ -257,7 +257,7 @@ class Accumulator:
             self._flush()
             self._group = group
 
-    def _capture(self, shard: ParameterShard, factors: Factors) -> None:
+    def _capture(self, shard: ParameterShard, factors: Factors | VectorFactors) -> None:
         key = id(shard.parameter)
         first = self._seen[key] == 0
         self._pending.append(Capture(shard, self.units[key], factors, first))

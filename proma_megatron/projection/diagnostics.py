@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from proma_megatron.projection.rules import Solution
+from proma_megatron.projection.rules import Outcome
 from proma_megatron.projection.units import kind_of, layer_of
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ ROUNDING = 1e-12  # relative; sums of products smaller than this say nothing
 
 @dataclass(frozen=True)
 class UnitSums:
-    """UnitSums over microbatches, and over units, ranks and replicas where they are added."""
+    """Sums of one unit over microbatches; of several units, ranks or replicas where added."""
 
     solved: float = 0.0  # projections
     clamped: float = 0.0  # of them met the bound
     removed: float = 0.0  # |removed|^2
     accumulated: float = 0.0  # |A|^2 before projecting
-    effective_rank: float = 0.0  # (tr K)^2 / |K|_F^2, from 1 to k
+    effective_rank: float = 0.0  # (tr K)^2 / |K|_F^2: 1 to k, 0 if all are silent
     cosine: float = 0.0  # mean pairwise cosine of the sequences' gradients
     cosines: float = 0.0  # microbatches that have a pair
     pair_product: float = 0.0  # <x_r, x_s> over ordered pairs r != s, with x_s = a_s G_s
@@ -90,7 +90,7 @@ class Tally:
         gram: torch.Tensor,
         energy: torch.Tensor,
         advantages: torch.Tensor,
-        solution: Solution,
+        outcome: Outcome,
     ) -> None:
         """Count a batch of units: K (U, k, k), |A|^2 (U,), a (k,)."""
         k = gram.shape[-1]
@@ -106,16 +106,16 @@ class Tally:
         pairs = (present * (present - 1)).double()
         own = (diagonal * advantages.square()).sum(dim=-1)
         ones = torch.ones_like(energy)
-        residual = torch.where(energy > 0, solution.residual / energy.sqrt().clamp(min=tiny), 0.0)
+        residual = torch.where(energy > 0, outcome.residual / energy.sqrt().clamp(min=tiny), 0.0)
         found = UnitSums(
             solved=ones,  # type: ignore[arg-type]
-            clamped=solution.clamped.double(),  # type: ignore[arg-type]
-            removed=solution.removed,  # type: ignore[arg-type]
+            clamped=outcome.clamped.double(),  # type: ignore[arg-type]
+            removed=outcome.removed,  # type: ignore[arg-type]
             accumulated=energy,  # type: ignore[arg-type]
             effective_rank=rank,  # type: ignore[arg-type]
             cosine=torch.where(pairs > 0, off / pairs.clamp(min=1), 0.0),  # type: ignore[arg-type]
             cosines=(pairs > 0).double(),  # type: ignore[arg-type]
-            pair_product=solution.policy - own,  # type: ignore[arg-type]
+            pair_product=outcome.policy - own,  # type: ignore[arg-type]
             pairs=ones * (k * (k - 1)),  # type: ignore[arg-type]
             square=own,  # type: ignore[arg-type]
             sequences=ones * k,  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 Every kind of layer gives G_s, the gradient of sequence s, in its own form. Three questions are
 asked of it, each about a unit's rows: the Gram matrix K, the overlaps c with the accumulated
-gradient A, and the update ``A += sum_s coefficient_s G_s``.
+gradient A, and the update ``A += sum_s coefficient_s G_s``. Of short vectors only the last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rows = tuple[tuple[int, int], ...]
 
 
 class Factors(Protocol):
-    """The sequence gradients of one parameter in one microbatch."""
+    """The sequence gradients of one weight or table in one microbatch."""
 
     def products(self, rows: Rows, accumulated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K (k, k) and c (k,) over these rows, float64, of this rank's entries."""
@@ -32,14 +32,10 @@ class Factors(Protocol):
 
 
 class VectorFactors:
-    """Norm weights and biases: G (k, n) is small and kept."""
+    """Norm weights and biases: G^T (k, n) is small, kept, and projected as it is."""
 
     def __init__(self, gradients: torch.Tensor) -> None:
         self.gradients = gradients  # (k, n) in the accumulation dtype
-
-    def products(self, rows: Rows, accumulated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gradients = take(self.gradients.double(), rows)
-        return gradients @ gradients.T, gradients @ take(accumulated.double()[None], rows)[0]
 
     def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:
         for start, stop in rows:

@@ -18,7 +18,7 @@ Source: PROMA (arXiv:2601.10498), figures 1 and 3 and section 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,14 +30,23 @@ SWEEPS = 2  # of the iterative projection, as in figure 3
 
 
 @dataclass(frozen=True)
-class Solution:
-    """What one microbatch does to each unit of a batch of units."""
+class Outcome:
+    """What one microbatch does to each unit of a batch of units, in figures."""
 
-    coefficients: torch.Tensor  # (..., k): A gains sum_s coefficients_s * G_s
     removed: torch.Tensor  # (...,) squared norm of what is taken out of A, after the clamp
     policy: torch.Tensor  # (...,) |P|^2, P = G a
     clamped: torch.Tensor  # (...,) bool: the bound made the removed part smaller
     residual: torch.Tensor  # (...,) max_s |<A - G beta, u_s>| before the clamp, u_s = G_s / |G_s|
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution(Outcome):
+    coefficients: torch.Tensor  # (..., k): A gains sum_s coefficients_s * G_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSolution(Outcome):
+    removed_part: torch.Tensor  # (..., n): A loses it, and gains P
 
 
 def solve(
@@ -61,23 +70,22 @@ def solve(
         cutoff: eigenvalues of the normalized Gram below ``cutoff`` times the largest count as 0;
             depends on the precision that K was formed in.
     """
-    scale = _inverse_norms(gram)
+    spectrum = _Spectrum.of(gram, cutoff)
     if rule == "exact":
-        beta = _exact(gram, overlap, scale, cutoff)
+        beta = spectrum.pseudo_inverse(overlap)
     elif rule == "ridge":
-        beta = _ridge(gram, overlap, scale)
+        beta = _ridge(gram, overlap, spectrum.scale)
     else:
         beta = _iterative(gram, overlap)
-    removed = _quadratic(gram, beta)
-    policy = _quadratic(gram, advantages.expand_as(beta))
-    residual = ((overlap - _apply(gram, beta)) * scale).abs().amax(dim=-1)
+    removed = spectrum.square_norm(beta)
+    policy = spectrum.square_norm(advantages.expand_as(beta))
     factor = _clamp(removed, policy, bound) * shrinkage
     return Solution(
         coefficients=advantages - factor[..., None] * beta,
         removed=removed * factor**2,
         policy=policy,
         clamped=factor < shrinkage,
-        residual=residual,
+        residual=_residual(overlap - _apply(gram, beta), spectrum.scale),
     )
 
 
@@ -90,37 +98,38 @@ def solve_vectors(
     shrinkage: float,
     bound: float | None,
     cutoff: float,
-) -> tuple[torch.Tensor, Solution]:
+) -> VectorSolution:
     """The same for units whose sequence gradients are at hand.
 
     Args:
         gradients: G^T (..., k, n).
         accumulated: A (..., n).
-        cutoff: as in `solve`; a singular value of normalized G counts as 0 below its root.
-
-    Returns:
-        What is to be taken out of A (..., n), and the same `Solution` as `solve`'s but for the
-        digits that K loses.
+        cutoff: as in `solve`: a singular value of normalized G counts as 0 below its root.
     """
     gram = gradients @ gradients.mT
     overlap = _apply(gradients, accumulated)
-    solution = solve(
-        rule, gram, overlap, advantages, shrinkage=shrinkage, bound=bound, cutoff=cutoff
-    )
-    if rule != "exact":  # their divisors are bounded from below: K is good enough
-        removed = _apply(gradients.mT, advantages - solution.coefficients)
-        return removed, solution
-    scale = _inverse_norms(gram)
-    basis, sizes, _ = torch.linalg.svd((scale[..., None] * gradients).mT, full_matrices=False)
-    basis = basis * (sizes > cutoff**0.5 * sizes[..., :1])[..., None, :]
-    inside = _apply(basis, _apply(basis.mT, accumulated))
+    if rule == "exact":
+        normalized = _inverse_norms(gram)[..., None] * gradients
+        basis, sizes, _ = torch.linalg.svd(normalized.mT, full_matrices=False)
+        basis = basis * (sizes > cutoff**0.5 * sizes[..., :1])[..., None, :]
+        inside = _apply(basis, _apply(basis.mT, accumulated))
+    else:  # their divisors are bounded from below: K is good enough
+        beta = (
+            _ridge(gram, overlap, _inverse_norms(gram))
+            if rule == "ridge"
+            else _iterative(gram, overlap)
+        )
+        inside = _apply(gradients.mT, beta)
     square = inside.square().sum(dim=-1)
-    factor = _clamp(square, solution.policy, bound) * shrinkage
-    return factor[..., None] * inside, replace(
-        solution,
+    policy = _apply(gradients.mT, advantages.expand(gram.shape[:-1])).square().sum(dim=-1)
+    factor = _clamp(square, policy, bound) * shrinkage
+    left = _apply(gradients, accumulated - inside)
+    return VectorSolution(
+        removed_part=factor[..., None] * inside,
         removed=square * factor**2,
+        policy=policy,
         clamped=factor < shrinkage,
-        residual=(_apply(gradients, accumulated - inside) * scale).abs().amax(dim=-1),
+        residual=_residual(left, _inverse_norms(gram)),
     )
 
 
@@ -142,22 +151,41 @@ def _apply(gram: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return (gram @ vector[..., None])[..., 0]
 
 
-def _quadratic(gram: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """v^T K v, which rounding may push below 0."""
-    return (vector * _apply(gram, vector)).sum(dim=-1).clamp(min=0)
+def _residual(overlaps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (overlaps * scale).abs().amax(dim=-1)
 
 
-def _exact(
-    gram: torch.Tensor, overlap: torch.Tensor, scale: torch.Tensor, cutoff: float
-) -> torch.Tensor:
-    """D (D K D)^+ D c: normalizing first keeps short sequences above the cut."""
-    normalized = scale[..., :, None] * gram * scale[..., None, :]
-    values, vectors = torch.linalg.eigh(normalized)
-    largest = values[..., -1:]
-    kept = values > cutoff * largest
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
-    rotated = (vectors.mT @ (scale * overlap)[..., None])[..., 0]
-    return scale * (vectors @ (inverse * rotated)[..., None])[..., 0]
+@dataclass(frozen=True)
+class _Spectrum:
+    """Eigenvalues of the normalized Gram matrix D K D, those at rounding noise set to 0.
+
+    Normalizing first keeps short sequences above the cut.
+    """
+
+    scale: torch.Tensor  # (..., k) D
+    values: torch.Tensor  # (..., k)
+    vectors: torch.Tensor  # (..., k, k)
+
+    @classmethod
+    def of(cls, gram: torch.Tensor, cutoff: float) -> _Spectrum:
+        scale = _inverse_norms(gram)
+        values, vectors = torch.linalg.eigh(scale[..., :, None] * gram * scale[..., None, :])
+        return cls(scale, torch.where(values > cutoff * values[..., -1:], values, 0.0), vectors)
+
+    def pseudo_inverse(self, overlap: torch.Tensor) -> torch.Tensor:
+        """D (D K D)^+ D c."""
+        inverse = torch.where(self.values > 0, 1 / torch.where(self.values > 0, self.values, 1), 0)
+        rotated = _apply(self.vectors.mT, self.scale * overlap)
+        return self.scale * _apply(self.vectors, inverse * rotated)
+
+    def square_norm(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """|G v|^2 = v^T K v as a sum of squares.
+
+        The quadratic form itself leaves the root of the rounding error where sequences cancel, such
+        as equal ones whose advantages sum to 0; the bound would let that much be removed.
+        """
+        norms = torch.where(self.scale > 0, 1 / torch.where(self.scale > 0, self.scale, 1), 0)
+        return (self.values * _apply(self.vectors.mT, norms * coefficients).square()).sum(dim=-1)
 
 
 def _ridge(gram: torch.Tensor, overlap: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

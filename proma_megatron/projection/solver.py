@@ -33,7 +33,7 @@ class Capture:
 
     shard: ParameterShard
     units: tuple[Unit, ...]
-    factors: Factors
+    factors: Factors | VectorFactors
     first: bool  # nothing has been accumulated yet
 
     @property
@@ -42,21 +42,15 @@ class Capture:
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """A unit of a weight: what is left of it once d is summed out."""
+class _Summands:
+    """What this rank adds to the sums that a unit is solved from.
+
+    Of a weight K (k, k), c (k,) and |A|^2 (); of a norm or bias G^T (k, n) and A (n,) themselves.
+    """
 
     capture: Capture
     unit: Unit
-    summands: tuple[torch.Tensor, ...]  # K (k, k), c (k,), |A|^2 ()
-
-
-@dataclass(frozen=True)
-class _Vector:
-    """A unit of a norm weight or bias: G^T (k, n) and A (n,) themselves."""
-
-    capture: Capture
-    unit: Unit
-    summands: tuple[torch.Tensor, ...]
+    tensors: tuple[torch.Tensor, ...]
 
 
 class Solver:
@@ -77,8 +71,8 @@ class Solver:
 
     def update(self, captures: Sequence[Capture], microbatch: Microbatch) -> None:
         """``A <- A - clamp(projection) + G a`` for every unit of these parameters."""
-        matrices: list[_Matrix] = []
-        vectors: list[_Vector] = []
+        matrices: list[_Summands] = []
+        vectors: list[_Summands] = []
         for capture in captures:
             for unit in capture.units:
                 if capture.first or not unit.projected or not microbatch.sequences.count:
@@ -86,20 +80,43 @@ class Solver:
                 elif isinstance(capture.factors, VectorFactors):
                     vectors.append(self._vector(capture, unit, capture.factors))
                 else:
-                    matrices.append(_matrix(capture, unit))
+                    matrices.append(_products(capture, unit, capture.factors))
         sums = self._sum_over_tensor_group([*matrices, *vectors])
+        try:
+            self._solve(matrices, vectors, sums, microbatch.advantages)
+        except torch.linalg.LinAlgError:
+            raise self._not_finite([*matrices, *vectors], microbatch) from None
+
+    def _not_finite(self, units: Sequence[_Summands], microbatch: Microbatch) -> RuntimeError:
+        names = [
+            found.unit.name
+            for found in units
+            if not all(bool(tensor.isfinite().all()) for tensor in found.tensors)
+        ]
+        return RuntimeError(
+            f"sequence gradients are not finite in microbatch {microbatch.index}: "
+            f"{', '.join(names) or 'on another tensor rank'}"
+        )
+
+    def _solve(
+        self,
+        matrices: Sequence[_Summands],
+        vectors: Sequence[_Summands],
+        sums: Iterator[tuple[torch.Tensor, ...]],
+        advantages: torch.Tensor,
+    ) -> None:
         if matrices:
-            self._solve_matrices(matrices, [next(sums) for _ in matrices], microbatch.advantages)
-        by_length: dict[int, list[tuple[_Vector, tuple[torch.Tensor, ...]]]] = {}
+            self._solve_matrices(matrices, [next(sums) for _ in matrices], advantages)
+        by_length: dict[int, list[tuple[_Summands, tuple[torch.Tensor, ...]]]] = {}
         for vector, whole in zip(vectors, sums, strict=True):
             by_length.setdefault(len(whole[1]), []).append((vector, whole))
         for group in by_length.values():
             found, wholes = zip(*group, strict=True)
-            self._solve_vectors(found, wholes, microbatch.advantages)
+            self._solve_vectors(found, wholes, advantages)
 
     def _solve_matrices(
         self,
-        matrices: Sequence[_Matrix],
+        matrices: Sequence[_Summands],
         wholes: Sequence[tuple[torch.Tensor, ...]],
         advantages: torch.Tensor,
     ) -> None:
@@ -120,12 +137,12 @@ class Solver:
 
     def _solve_vectors(
         self,
-        vectors: Sequence[_Vector],
+        vectors: Sequence[_Summands],
         wholes: Sequence[tuple[torch.Tensor, ...]],
         advantages: torch.Tensor,
     ) -> None:
         gradients, accumulated = (torch.stack(part) for part in zip(*wholes, strict=True))
-        removed, solution = solve_vectors(
+        solution = solve_vectors(
             self.rule,
             gradients,
             accumulated,
@@ -137,13 +154,13 @@ class Solver:
         names = tuple(vector.unit.name for vector in vectors)
         gram, energy = gradients @ gradients.mT, accumulated.square().sum(dim=-1)
         self.tally.add(names, gram, energy, advantages, solution)
-        for vector, part in zip(vectors, removed, strict=True):
+        for vector, part in zip(vectors, solution.removed_part, strict=True):
             self._subtract(vector, part)
             _add(vector.capture, vector.unit, advantages)
 
     # ------------------------------------------------------------------ whole vectors
 
-    def _vector(self, capture: Capture, unit: Unit, factors: VectorFactors) -> _Vector:
+    def _vector(self, capture: Capture, unit: Unit, factors: VectorFactors) -> _Summands:
         """This rank's summand of the unit's whole vectors.
 
         Of a bias each rank holds a slice; it stands at the rank's place among zeros. Entries of
@@ -158,11 +175,11 @@ class Solver:
             for low, high in unit.rows:
                 wide[:, start + low : start + high] = gradients[:, low:high]
                 whole[start + low : start + high] = accumulated[low:high]
-            return _Vector(capture, unit, (wide, whole))
+            return _Summands(capture, unit, (wide, whole))
         whole = take(accumulated[None], unit.rows)[0]
-        return _Vector(capture, unit, (take(gradients, unit.rows), whole))
+        return _Summands(capture, unit, (take(gradients, unit.rows), whole))
 
-    def _subtract(self, vector: _Vector, removed: torch.Tensor) -> None:
+    def _subtract(self, vector: _Summands, removed: torch.Tensor) -> None:
         """Take ``removed``, a whole vector, out of this rank's part."""
         unit, target = vector.unit, vector.capture.main_grad
         if unit.reduction is Reduction.DISJOINT:
@@ -180,7 +197,7 @@ class Solver:
     # ------------------------------------------------------------------ the collective
 
     def _sum_over_tensor_group(
-        self, units: Sequence[_Matrix | _Vector]
+        self, units: Sequence[_Summands]
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """Each unit's summands (float64) added up over TP, all of them in one collective.
 
@@ -190,7 +207,7 @@ class Solver:
             tensor
             for found in units
             if found.unit.reduction is not Reduction.REPLICATED
-            for tensor in found.summands
+            for tensor in found.tensors
         ]
         summed: Iterator[torch.Tensor] = iter(())
         if shared:
@@ -200,9 +217,9 @@ class Solver:
             summed = (part.view(tensor.shape) for part, tensor in zip(parts, shared, strict=True))
         return iter(
             [
-                found.summands
+                found.tensors
                 if found.unit.reduction is Reduction.REPLICATED
-                else tuple(next(summed) for _ in found.summands)
+                else tuple(next(summed) for _ in found.tensors)
                 for found in units
             ]
         )
@@ -213,9 +230,9 @@ def _add(capture: Capture, unit: Unit, coefficients: torch.Tensor) -> None:
         capture.factors.update(unit.rows, capture.main_grad, coefficients)
 
 
-def _matrix(capture: Capture, unit: Unit) -> _Matrix:
-    gram, overlap = capture.factors.products(unit.rows, capture.main_grad)
+def _products(capture: Capture, unit: Unit, factors: Factors) -> _Summands:
+    gram, overlap = factors.products(unit.rows, capture.main_grad)
     energy = gram.new_zeros(())
     for low, high in unit.rows:
         energy = energy + capture.main_grad[low:high].double().square().sum()
-    return _Matrix(capture, unit, (gram, overlap, energy))
+    return _Summands(capture, unit, (gram, overlap, energy))

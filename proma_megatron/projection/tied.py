@@ -6,7 +6,8 @@ last stage; after each microbatch the first stage sends its per-token gradients 
 are activation-sized, not vocabulary-sized. The last stage holds the head's factors until they
 arrive.
 
-Nothing deadlocks: a microbatch is only waited for once a later forward proves that the first stage
+They travel over Gloo, through the host's memory; models with tied embeddings are small. Nothing
+deadlocks: a microbatch is only waited for once a later forward proves that the first stage
 has passed its backward (`lag` below), or at the end of the step.
 """
 
@@ -44,7 +45,7 @@ class TiedEnds:
 
     def send(self, dy: torch.Tensor) -> None:
         """First stage: this microbatch's gradients of the embedding's output, (T, h)."""
-        dy = dy.contiguous()
+        dy = dy.contiguous().cpu()
         self._sending.append((dist.isend(dy, group=self.group, group_dst=1), dy))
 
     def hold(self, microbatch: Microbatch, x: torch.Tensor, dy: torch.Tensor) -> None:
@@ -58,9 +59,9 @@ class TiedEnds:
 
     def receive(self, held: HeldHead, dtype: torch.dtype) -> torch.Tensor:
         """The embedding's per-token gradients (T, h) of a held microbatch."""
-        dy = torch.empty_like(held.x)
+        dy = torch.empty_like(held.x, device="cpu")
         dist.recv(dy, group=self.group, group_src=0)
-        return dy.to(dtype)
+        return dy.to(held.x.device, dtype)
 
     def wait(self) -> None:
         """End of a step: every send has been received."""

@@ -185,8 +185,8 @@ def test_a_directory_without_config_json_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"{", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b"{", "can't be read as JSON"),
+        (b"\xff\xfe", "can't be read as JSON"),
         (b"[]", "holds list, expected a JSON object"),
     ],
 )

@@ -9,7 +9,13 @@ import pytest
 import torch
 from support.gradients import TINY, VOCAB, random_weights
 from support.pool import WorkerPool
-from support.shards import LocalShard, filled_then_gathered, initial_weights, local_shards
+from support.shards import (
+    LocalShard,
+    bytes_gathered,
+    filled_then_gathered,
+    initial_weights,
+    local_shards,
+)
 
 from proma_megatron.config import ParallelConfig
 from proma_megatron.policy.parameters import tensor_shapes
@@ -143,3 +149,9 @@ def test_initial_weights_are_alike_in_every_layout(workers: WorkerPool, name: st
     sharded, single, other = build(parallel, 3), build(ParallelConfig(), 3), build(parallel, 4)
     assert all(torch.equal(sharded[name], single[name]) for name in single)
     assert not torch.equal(sharded["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_gathering_sends_what_it_gathers_and_no_more(workers: WorkerPool) -> None:
+    """Gradients are views into one buffer, and pickling a view takes all of it along."""
+    ((sent, needed),) = workers.run(1, bytes_gathered, model=TINY)
+    assert needed <= sent < 1.3 * needed

@@ -51,12 +51,24 @@ def test_one_gpu_equals_one_cpu(gpu_workers: WorkerPool, workers: WorkerPool, ca
     assert_equal(run(gpu_workers, case), run(workers, case), 1e-9)
 
 
-def test_proma_verify_passes_on_two_gpus(gpu_workers: WorkerPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        # Tied embeddings over stages, with the one hardware queue that workers are started with.
+        ["parallel.tensor=1", "parallel.pipeline=2"],
+        ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    ],
+    ids=["tp2", "pp2", "vpp2"],
+)
+def test_proma_verify_passes_on_two_gpus(
+    gpu_workers: WorkerPool, tmp_path: Path, overrides: list[str]
+) -> None:
     config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "proma_megatron.cli", "verify", str(config)),
-            *("device=cuda", "model.dtype=float64", "optimizer.clip_grad=0"),
+            *("device=cuda", "model.dtype=float64", "optimizer.clip_grad=0", *overrides),
         ],
         cwd=tmp_path,
         env={**os.environ, "COLUMNS": "120"},

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.paper import complement, project_to_complement
 
 from proma_megatron.config import ProjectionConfig
-from proma_megatron.projection.rules import Solution, solve, solve_vectors
+from proma_megatron.projection.rules import Outcome, solve, solve_vectors
 
 RULES = ["exact", "iterative", "ridge"]
 SHRINKAGES = [1.0, 0.5, 0.0]
@@ -38,16 +38,17 @@ class Problem:
 
     def _solve(
         self, rule: str, shrinkage: float, bound: float | None
-    ) -> tuple[torch.Tensor, Solution]:
+    ) -> tuple[torch.Tensor, Outcome]:
         options: Any = {"shrinkage": shrinkage, "bound": bound, "cutoff": CUTOFF}
         if self.vectors:
-            return solve_vectors(
+            found = solve_vectors(
                 rule,  # type: ignore[arg-type]
                 self.gradients.T,
                 self.accumulated,
                 self.advantages,
                 **options,
             )
+            return found.removed_part, found
         solution = solve(
             rule,  # type: ignore[arg-type]
             self.gradients.T @ self.gradients,
@@ -57,7 +58,7 @@ class Problem:
         )
         return self.gradients @ (self.advantages - solution.coefficients), solution
 
-    def solve(self, rule: str, shrinkage: float = 1.0, bound: float | None = None) -> Solution:
+    def solve(self, rule: str, shrinkage: float = 1.0, bound: float | None = None) -> Outcome:
         return self._solve(rule, shrinkage, bound)[1]
 
     def removed(
@@ -238,6 +239,19 @@ def test_the_form_in_k_and_c_is_the_form_in_vectors(rule: str, problem: Problem)
     problem.assert_close(other.removed(rule, 0.75, 0.5), problem.removed(rule, 0.75, 0.5))
 
 
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_is_removed_within_a_bound_on_nothing(rule: str, vectors: bool) -> None:
+    """Nearly equal sequences whose advantages sum to 0: P is rounding, and so is its bound."""
+    generator = torch.Generator().manual_seed(4)
+    one = torch.randn((40, 1), generator=generator, dtype=torch.float64)
+    noise = 1 + 1e-15 * torch.randn((40, 4), generator=generator, dtype=torch.float64)
+    advantages = torch.tensor([0.3, -0.7, 0.6, -0.2], dtype=torch.float64)
+    accumulated = torch.randn(40, generator=generator, dtype=torch.float64)
+    problem = Problem(accumulated, one * noise, advantages, vectors)
+    assert problem.removed(rule, 1.0, 0.5).norm() < 1e-14 * one.norm()
+
+
 @pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-4, 1e-5])
 def test_nearly_dependent_vectors_keep_their_digits(smallest: float) -> None:
     """Where K has lost them: its condition number is G's squared."""
@@ -268,7 +282,7 @@ def test_units_solved_together_are_solved_as_if_alone(
         dataclasses.replace(problem, gradients=gradients, vectors=False)
         for gradients in (problem.gradients, other, silent)
     ]
-    removed, _ = solve_vectors(
+    vectors = solve_vectors(
         rule,  # type: ignore[arg-type]
         torch.stack([p.gradients.T for p in alone]),
         problem.accumulated.expand(len(alone), -1),
@@ -288,11 +302,10 @@ def test_units_solved_together_are_solved_as_if_alone(
     )
     for at, single in enumerate(alone):
         solution = single.solve(rule, 0.5, 0.5)
-        single.assert_close(
-            single.gradients @ together.coefficients[at], single.gradients @ solution.coefficients
-        )
+        lost = problem.advantages - together.coefficients[at]
+        single.assert_close(single.gradients @ lost, single.removed(rule, 0.5, 0.5))
         assert together.clamped[at] == solution.clamped
-        single.assert_close(removed[at], single.removed(rule, 0.5, 0.5))
+        single.assert_close(vectors.removed_part[at], single.removed(rule, 0.5, 0.5))
 
 
 @pytest.mark.parametrize("vectors", [False, True])

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
 
 from proma_megatron.batching.packing import pack
 from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
 from proma_megatron.exactness.accumulate import denominator, projected_gradients, replica_share
-from proma_megatron.policy.losses import LossOptions
+from proma_megatron.policy.logprobs import vocab_parallel_logprobs
+from proma_megatron.policy.losses import LossOptions, policy_loss
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.parameters import fill, gather, tensor_shapes
 from proma_megatron.policy.schedule import forward_backward
@@ -168,12 +170,17 @@ def plain_gradients(
     projection: ProjectionConfig,
     batch: Batch,
 ) -> dict[str, torch.Tensor]:
-    """Megatron's own accumulation of the policy-gradient loss, on its own schedule."""
+    """Stock layers and DDP, a backward pass after the other: no schedule and no accumulator."""
     with layout(parallel, device, 7) as topology:
         policy = build_policy(model, VOCAB, 64, topology, seed=7)
         fill(policy.shards, random_weights(model, 7).__getitem__)
-        microbatches = replica_share(batch, 0, 1, topology, denominator(batch))
-        forward_backward(policy, microbatches, LossOptions("reinforce"))
+        (chunk,) = policy.chunks
+        with topology.megatron_calls():
+            for microbatch in replica_share(batch, 0, 1, topology, denominator(batch)):
+                logits = policy.forward_packed(chunk, microbatch)[0]
+                logprobs, _ = vocab_parallel_logprobs(logits, microbatch.labels, VOCAB, topology)
+                policy_loss(logprobs, microbatch, LossOptions("reinforce")).backward()
+            finalize_model_grads([chunk], None)
         return _main_grads(policy)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from proma_megatron.config import ModelConfig, ParallelConfig
 from proma_megatron.policy.model import build_policy
@@ -65,3 +68,29 @@ def initial_weights(
     with layout(parallel, device, seed) as topology:
         policy = build_policy(model, VOCAB, 64, topology, seed=seed)
         return gather(policy.shards, lambda shard: shard.parameter, model, VOCAB, topology)
+
+
+def bytes_gathered(device: torch.device, model: ModelConfig) -> tuple[int, int]:
+    """Bytes that `gather` sends of the gradient buffer, and those of the gradients themselves."""
+    with layout(ParallelConfig(), device, 0) as topology:
+        policy = build_policy(model, VOCAB, 64, topology, seed=0)
+        sent = 0
+        original = dist.gather_object
+
+        def counting(local: object, *args: Any, **kwargs: Any) -> None:
+            nonlocal sent
+            sent += len(pickle.dumps(local))
+            original(local, *args, **kwargs)
+
+        dist.gather_object = counting
+        try:
+            full = gather(
+                policy.shards,
+                lambda shard: shard.parameter.main_grad,  # type: ignore[attr-defined]
+                model,
+                VOCAB,
+                topology,
+            )
+        finally:
+            dist.gather_object = original
+        return sent, sum(value.nbytes for value in full.values())
