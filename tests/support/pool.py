@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -32,10 +33,13 @@ def _serve(rank: int, device_type: str, pipe: Connection) -> None:
         except EOFError:
             return  # the session is over
         function, arguments, world_size, store = job
+        # Plain pickle: torch's own would pass every tensor as an open file descriptor, and results
+        # that are kept for comparison would run out of them.
         try:
-            pipe.send((True, _run(function, arguments, device_type, rank, world_size, store)))
+            result = _run(function, arguments, device_type, rank, world_size, store)
+            pipe.send_bytes(pickle.dumps((True, result)))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
             return
 
 
