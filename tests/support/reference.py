@@ -119,7 +119,7 @@ def _chain(
         found = [_sequence_gradients(network, sequence, total) for sequence in microbatch]
         if not found:
             continue
-        advantages = torch.tensor([sequence.advantage for sequence in microbatch]).double()
+        advantages = torch.tensor([s.advantage for s in microbatch], dtype=torch.float64)
         for unit, names in units.items():
             sequence_gradients = torch.stack(
                 [torch.cat([g[name].flatten() for name in names]) for g in found], dim=1
