@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from proma_megatron.config import ConfigError, gradients_config, load_config
+from proma_megatron.config import ConfigError
+from proma_megatron.config_file import gradients_config, load_config
 
 app = typer.Typer(
     help="PROMA: proximal policy updates by projected microbatch accumulation, on Megatron-Core.",

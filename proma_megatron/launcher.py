@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from proma_megatron.config import ConfigError, RunConfig, dump_config
+from proma_megatron.config import ConfigError, RunConfig
+from proma_megatron.config_file import dump_config
 from proma_megatron.failure import StoppedError, WorkerError
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.rollout.rewards import load_reward

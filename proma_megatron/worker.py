@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from proma_megatron.config import RunConfig, load_config
+from proma_megatron.config import RunConfig
+from proma_megatron.config_file import load_config
 from proma_megatron.failure import fail
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.reporting import Live, Reporter, Silent

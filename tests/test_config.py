@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from proma_megatron.config import ConfigError, dump_config, load_config, validate_config
+from proma_megatron.config import ConfigError
+from proma_megatron.config_file import dump_config, load_config, validate_config
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 

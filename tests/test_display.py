@@ -204,10 +204,14 @@ def test_time_left_is_of_this_phase_and_of_slow_steps() -> None:
     assert progress.tasks[0].time_remaining == pytest.approx(97 * 60)
 
 
-def test_stop_is_safe_at_any_time() -> None:
-    for console, _ in (_terminal(), _log_console()):
-        display = Display("demo", 2, console)
-        display.stop()
-        display.start("rl")
-        display.stop()
-        display.stop()
+def test_stopping_twice_or_too_early_leaves_the_terminal_as_it_was() -> None:
+    console, file = _terminal()
+    display = Display("demo", 2, console)
+    display.stop()
+    assert file.getvalue() == ""
+    display.start("rl")
+    display.stop()
+    stopped = file.getvalue()
+    display.stop()
+    assert file.getvalue() == stopped
+    assert stopped.count("\x1b[?25l") == stopped.count("\x1b[?25h") == 1  # hidden, then shown

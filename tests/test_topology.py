@@ -7,7 +7,8 @@ import torch
 from support.layouts import Place, places, refusal
 from support.pool import WorkerPool
 
-from proma_megatron.config import ConfigError, ParallelConfig, validate_config
+from proma_megatron.config import ConfigError, ParallelConfig
+from proma_megatron.config_file import validate_config
 from proma_megatron.placement import check_precision, check_world_size, choose_device
 
 # --------------------------------------------------------------------------- checks

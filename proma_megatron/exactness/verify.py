@@ -26,9 +26,8 @@ from proma_megatron.config import (
     ProcessConfig,
     RunConfig,
     check_layout,
-    gradients_config,
-    load_config,
 )
+from proma_megatron.config_file import gradients_config, load_config
 from proma_megatron.exactness.grads import describe, run_job, workers_on
 from proma_megatron.exactness.job import GradientJob, working_folder
 from proma_megatron.placement import choose_device

@@ -1,22 +1,9 @@
 """Which entries of which Hugging Face tensors a rank holds, for every local parameter.
 
 Hugging Face names are the unsharded truth: units of the projection, initialization, gathering and
-checkpoints all speak them. Megatron fuses q, k, v and gate, up, and cuts along one axis; a
-`ParameterShard` says how, as a list of runs along that axis.
-
-| Megatron parameter                  | Hugging Face tensors                 | cut along          |
-|-------------------------------------|--------------------------------------|--------------------|
-| embedding.word_embeddings.weight    | model.embed_tokens.weight            | rows (vocabulary)  |
-| ...self_attention.linear_qkv.weight | q_proj, k_proj, v_proj .weight       | rows, by KV group  |
-| ...self_attention.linear_qkv.bias   | q_proj, k_proj, v_proj .bias         | rows, by KV group  |
-| ...self_attention.linear_proj.weight| o_proj.weight                        | columns            |
-| ...self_attention.q_layernorm.weight| q_norm.weight (k_norm alike)         | not cut, partial   |
-| ...mlp.linear_fc1.weight            | gate_proj, up_proj .weight           | rows, by rank      |
-| ...mlp.linear_fc2.weight            | down_proj.weight                     | columns            |
-| ...input_layernorm.weight           | input_layernorm.weight               | not cut            |
-| ...pre_mlp_layernorm.weight         | post_attention_layernorm.weight      | not cut            |
-| decoder.final_layernorm.weight      | model.norm.weight                    | not cut            |
-| output_layer.weight                 | lm_head.weight (tied: embed_tokens)  | rows (vocabulary)  |
+checkpoints all speak them. Megatron fuses q, k, v and gate, up, and cuts along one axis: `MODEL`
+and `LAYER` below say how, and a `ParameterShard` holds what follows for one rank, as a list of runs
+along the cut axis.
 """
 
 from __future__ import annotations
@@ -25,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,6 +63,73 @@ class ParameterShard:
         return tuple(dict.fromkeys(run.tensor for run in self.runs))
 
 
+class Share(Enum):
+    """Which part of a parameter's gradient a tensor-parallel rank computes."""
+
+    ENTRIES = "entries"  # some rows or columns
+    HEADS = "heads"  # that of its own attention heads, for every entry
+    TOKENS = "tokens"  # that of its own tokens under sequence parallelism; else of all tokens
+
+    def reduction(self, topology: Topology) -> Reduction:
+        if topology.tensor.size == 1:
+            return Reduction.REPLICATED
+        if self is Share.ENTRIES:
+            return Reduction.DISJOINT
+        if self is Share.HEADS or topology.sequence_parallel:
+            return Reduction.PARTIAL
+        return Reduction.REPLICATED
+
+
+class Fusion(Enum):
+    """The order of entries where several Hugging Face tensors make one parameter."""
+
+    NONE = "none"
+    KV_GROUP = "kv_group"  # for each KV group: its query heads, its key head, its value head
+    RANK = "rank"  # for each rank: its part of each tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what one Megatron parameter is made of."""
+
+    tensors: tuple[str, ...]
+    axis: int = 0  # that is cut
+    share: Share = Share.ENTRIES
+    fusion: Fusion = Fusion.NONE
+    linear: bool = False  # an nn.Linear weight in the Hugging Face model
+
+
+# Hugging Face's lm_head shares the embedding's tensor where they are tied, and Megatron's last
+# pipeline stage holds a copy of it; it counts as no Linear then.
+TIED_HEAD = Row(("model.embed_tokens.weight",))
+MODEL = {
+    "embedding.word_embeddings.weight": Row(("model.embed_tokens.weight",)),
+    "decoder.final_layernorm.weight": Row(("model.norm.weight",), share=Share.TOKENS),
+    "output_layer.weight": Row(("lm_head.weight",), linear=True),
+}
+# Names on both sides go on from "decoder.layers.N." and "model.layers.N.".
+LAYER = {
+    "input_layernorm.weight": Row(("input_layernorm.weight",), share=Share.TOKENS),
+    "self_attention.linear_qkv.weight": Row(
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        fusion=Fusion.KV_GROUP,
+        linear=True,
+    ),
+    "self_attention.linear_qkv.bias": Row(
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        fusion=Fusion.KV_GROUP,
+    ),
+    "self_attention.q_layernorm.weight": Row(("self_attn.q_norm.weight",), share=Share.HEADS),
+    "self_attention.k_layernorm.weight": Row(("self_attn.k_norm.weight",), share=Share.HEADS),
+    "self_attention.linear_proj.weight": Row(("self_attn.o_proj.weight",), axis=1, linear=True),
+    "pre_mlp_layernorm.weight": Row(("post_attention_layernorm.weight",), share=Share.TOKENS),
+    "mlp.linear_fc1.weight": Row(
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"), fusion=Fusion.RANK, linear=True
+    ),
+    "mlp.linear_fc2.weight": Row(("mlp.down_proj.weight",), axis=1, linear=True),
+}
+
+
 def parameter_shards(
     chunk: torch.nn.Module, model: ModelConfig, vocab_size: int, topology: Topology
 ) -> list[ParameterShard]:
@@ -84,51 +138,63 @@ def parameter_shards(
     Raises:
         ValueError: a parameter that the table above does not know.
     """
-    return [
-        _shard(_global_name(name, chunk), parameter, model, vocab_size, topology)
-        for name, parameter in chunk.named_parameters()
-    ]
+    shapes = tensor_shapes(model, vocab_size)
+    shards = []
+    for local_name, parameter in chunk.named_parameters():
+        name, layer, row = _look_up(local_name, chunk, model)
+        reduction = row.share.reduction(topology)
+        length = parameter.shape[row.axis]
+        start = topology.tensor.rank * length if row.share is Share.ENTRIES else 0
+        shards.append(
+            ParameterShard(
+                name=name,
+                parameter=parameter,
+                axis=row.axis,
+                runs=_cut(_blocks(row, shapes, model, topology.tensor.size), start, length),
+                reduction=reduction,
+                layer=layer,
+                linear=row.linear,
+            )
+        )
+    return shards
 
 
-def _global_name(name: str, chunk: torch.nn.Module) -> str:
-    """Megatron counts layers within a chunk; the model counts them from its first."""
+def _look_up(name: str, chunk: torch.nn.Module, model: ModelConfig) -> tuple[str, int | None, Row]:
+    """The parameter's name and layer in the whole model, and its row with complete names."""
+    if name == "output_layer.weight" and model.tie_embeddings:
+        return name, None, TIED_HEAD
+    if name in MODEL:
+        return name, None, MODEL[name]
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-    if match is None:
-        return name
+    if match is None or match[2] not in LAYER:
+        raise ValueError(f"parameter {name} has no Hugging Face counterpart in parameters.py")
+    # Megatron counts layers within a chunk; the model counts them from its first.
     decoder: Any = chunk.decoder
-    number = decoder.layers[int(match[1])].layer_number - 1
-    return f"decoder.layers.{number}.{match[2]}"
+    layer = int(decoder.layers[int(match[1])].layer_number) - 1
+    row = LAYER[match[2]]
+    tensors = tuple(f"model.layers.{layer}.{tensor}" for tensor in row.tensors)
+    return f"decoder.layers.{layer}.{match[2]}", layer, replace(row, tensors=tensors)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """``length`` entries of a Hugging Face tensor, in the order of Megatron's fused axis."""
+    """``length`` entries of a Hugging Face tensor, in the order of Megatron's axis."""
 
     tensor: str
     start: int
     length: int
 
 
-def _qkv_blocks(prefix: str, kind: str, model: ModelConfig) -> list[_Block]:
-    """Fused rows: for each KV group its query heads, then its key head, then its value head."""
-    per_group = model.heads // model.kv_heads * model.head_dim
-    blocks = []
-    for group in range(model.kv_heads):
-        blocks += [
-            _Block(f"{prefix}.q_proj.{kind}", group * per_group, per_group),
-            _Block(f"{prefix}.k_proj.{kind}", group * model.head_dim, model.head_dim),
-            _Block(f"{prefix}.v_proj.{kind}", group * model.head_dim, model.head_dim),
-        ]
-    return blocks
-
-
-def _gate_up_blocks(prefix: str, model: ModelConfig, tp: int) -> list[_Block]:
-    """Fused rows: for each rank its part of gate, then its part of up."""
-    part = model.ffn_hidden_size // tp
+def _blocks(
+    row: Row, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, tp: int
+) -> list[_Block]:
+    """What the whole, unsharded parameter holds along its cut axis, end to end."""
+    parts = {Fusion.NONE: 1, Fusion.KV_GROUP: model.kv_heads, Fusion.RANK: tp}[row.fusion]
+    lengths = {tensor: shapes[tensor][row.axis] // parts for tensor in row.tensors}
     return [
-        _Block(f"{prefix}.{which}_proj.weight", rank * part, part)
-        for rank in range(tp)
-        for which in ("gate", "up")
+        _Block(tensor, part * length, length)
+        for part in range(parts)
+        for tensor, length in lengths.items()
     ]
 
 
@@ -147,90 +213,6 @@ def _cut(blocks: Iterable[_Block], start: int, length: int) -> tuple[Run, ...]:
             found.append(Run(block.tensor, block.start + low - at, low - start, high - low))
         at += block.length
     return tuple(run for tensor, found in runs.items() for run in (found or [Run(tensor, 0, 0, 0)]))
-
-
-def _shard(
-    name: str,
-    parameter: torch.nn.Parameter,
-    model: ModelConfig,
-    vocab_size: int,
-    topology: Topology,
-) -> ParameterShard:
-    rank, tp = topology.tensor.rank, topology.tensor.size
-
-    def make(
-        blocks: list[_Block], axis: int, reduction: Reduction, *, linear: bool = False
-    ) -> ParameterShard:
-        length = parameter.shape[axis]
-        start = rank * length if reduction is Reduction.DISJOINT else 0
-        layer_match = re.match(r"decoder\.layers\.(\d+)\.", name)
-        return ParameterShard(
-            name=name,
-            parameter=parameter,
-            axis=axis,
-            runs=_cut(blocks, start, length),
-            reduction=reduction if tp > 1 else Reduction.REPLICATED,
-            layer=int(layer_match[1]) if layer_match else None,
-            linear=linear,
-        )
-
-    def whole(tensor: str, *, per_head: bool = False) -> ParameterShard:
-        # q/k norms see this rank's heads only; other norms see this rank's tokens under
-        # sequence parallelism.
-        partial = per_head or topology.sequence_parallel
-        reduction = Reduction.PARTIAL if partial else Reduction.REPLICATED
-        return make([_Block(tensor, 0, parameter.shape[0])], 0, reduction)
-
-    vocabulary = "model.embed_tokens.weight"
-    head = vocabulary if model.tie_embeddings else "lm_head.weight"
-    if name == "embedding.word_embeddings.weight":
-        # Under tied embeddings Hugging Face's lm_head shares the tensor; it is still no Linear.
-        return make([_Block(vocabulary, 0, vocab_size)], 0, Reduction.DISJOINT)
-    if name == "output_layer.weight":
-        linear = not model.tie_embeddings
-        return make([_Block(head, 0, vocab_size)], 0, Reduction.DISJOINT, linear=linear)
-    if name == "decoder.final_layernorm.weight":
-        return whole("model.norm.weight")
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-    if match is None:
-        raise ValueError(f"parameter {name} has no Hugging Face counterpart in parameters.py")
-    prefix = f"model.layers.{match[1]}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    disjoint = Reduction.DISJOINT
-    table: dict[str, Callable[[], ParameterShard]] = {
-        "self_attention.linear_qkv.weight": lambda: make(
-            _qkv_blocks(attention, "weight", model), 0, disjoint, linear=True
-        ),
-        "self_attention.linear_qkv.bias": lambda: make(
-            _qkv_blocks(attention, "bias", model), 0, disjoint
-        ),
-        "self_attention.linear_proj.weight": lambda: make(
-            [_Block(f"{attention}.o_proj.weight", 0, model.heads * model.head_dim)],
-            1,
-            disjoint,
-            linear=True,
-        ),
-        "self_attention.q_layernorm.weight": lambda: whole(
-            f"{attention}.q_norm.weight", per_head=True
-        ),
-        "self_attention.k_layernorm.weight": lambda: whole(
-            f"{attention}.k_norm.weight", per_head=True
-        ),
-        "mlp.linear_fc1.weight": lambda: make(
-            _gate_up_blocks(mlp, model, tp), 0, disjoint, linear=True
-        ),
-        "mlp.linear_fc2.weight": lambda: make(
-            [_Block(f"{mlp}.down_proj.weight", 0, model.ffn_hidden_size)],
-            1,
-            disjoint,
-            linear=True,
-        ),
-        "input_layernorm.weight": lambda: whole(f"{prefix}.input_layernorm.weight"),
-        "pre_mlp_layernorm.weight": lambda: whole(f"{prefix}.post_attention_layernorm.weight"),
-    }
-    if match[2] not in table:
-        raise ValueError(f"parameter {name} has no Hugging Face counterpart in parameters.py")
-    return table[match[2]]()
 
 
 def tensor_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,119 @@
+"""From a YAML file and dotted overrides to a validated configuration, and back.
+
+OmegaConf merges ``key=value`` overrides, pydantic checks the result against the tree in `config`,
+and each fault becomes one sentence of a `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from proma_megatron.config import ConfigError, GradientsConfig, RunConfig, Section
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply dotted ``key=value`` overrides, validate.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or a value does not fit.
+    """
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; give the path of a YAML file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected `key: value` lines")
+    return validate_config(apply_overrides(tree, overrides))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``tree`` with dotted overrides merged in; values are parsed as YAML."""
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(
+                f"override '{item}' has no '=', expected key=value such as trainer.steps=10"
+            )
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides)))
+        container = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(f"overrides {list(overrides)} can't be applied: {first_line}") from None
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+def validate_config(tree: dict[str, Any]) -> RunConfig:
+    """A validated `RunConfig`.
+
+    Raises:
+        ConfigError: one sentence per fault, the first few of them.
+    """
+    return _validate(tree, RunConfig)
+
+
+def gradients_config(overrides: Sequence[str]) -> GradientsConfig:
+    """A validated `GradientsConfig` of defaults and overrides; raises as `validate_config`."""
+    return _validate(apply_overrides({}, overrides), GradientsConfig)
+
+
+def _validate[Root: Section](tree: dict[str, Any], root: type[Root]) -> Root:
+    try:
+        return root.model_validate(tree)
+    except ValidationError as error:
+        sentences = [_sentence(fault, root) for fault in error.errors()[:3]]
+        raise ConfigError("; ".join(sentences)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete resolved configuration as YAML, readable by `load_config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _sentence(fault: Any, root: type[Section]) -> str:
+    """One pydantic fault in words: the key, the value, what was expected, the fix."""
+    key = ".".join(str(part) for part in fault["loc"])
+    kind, value, context = fault["type"], fault.get("input"), fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        section: Any = root
+        for part in fault["loc"][:-1]:
+            section = _section_type(section, str(part))
+        close = difflib.get_close_matches(
+            str(fault["loc"][-1]), section.model_fields, n=1, cutoff=0.6
+        )
+        prefix = ".".join(str(part) for part in fault["loc"][:-1])
+        known = ", ".join(section.model_fields)
+        fix = (
+            f"did you mean '{prefix + '.' if prefix else ''}{close[0]}'?"
+            if close
+            else f"known keys{' of ' + prefix if prefix else ''} are {known}"
+        )
+        return f"unknown key '{key}'; {fix}"
+    if kind == "missing":
+        return f"'{key}' is missing; add it to the config file"
+    if kind == "literal_error":
+        return f"{key} is {value!r}, expected one of {context['expected']}"
+    if kind == "value_error" and not key:
+        return str(context["error"])
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{key} is {value!r}, but {message.replace('input should', 'it should')}"
+
+
+def _section_type(section: type[BaseModel], name: str) -> type[BaseModel]:
+    annotation = section.model_fields[name].annotation
+    candidates = [annotation, *get_args(annotation)]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
