@@ -15,6 +15,7 @@ from proma_megatron.rollout.rewards import load_reward
 from proma_megatron.rollout.source import check_demonstrations, prepare_data
 from proma_megatron.run_dir import RunDir, prepare_run_dir
 from proma_megatron.slurm import adopt_slurm
+from proma_megatron.startup import defer_compilation
 from proma_megatron.workers import start_workers
 
 
@@ -38,6 +39,7 @@ def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     check_replicas(config, int(os.environ["WORLD_SIZE"]))
     if os.environ["RANK"] == "0":
         _prepare(config, resume=resume, overwrite=overwrite)
+    defer_compilation()
     from proma_megatron.worker import run_worker
 
     run_worker(config, resume)

@@ -1,13 +1,13 @@
 """One rank of a run: check, join the process group, build the trainer, run, leave.
 
-Started by `launcher` as ``python -m proma_megatron.worker CONFIG``, or entered directly under
-torchrun and srun. A failure is written to ``logs/error_rank<r>.json`` and ends the process at once.
+Started by `launcher` through `startup`, or entered directly under torchrun and srun. A failure is
+written to ``logs/error_rank<r>.json`` and ends the process at once.
 """
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,14 +62,10 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def main() -> None:
-    path, *flags = sys.argv[1:]
+def main(arguments: Sequence[str]) -> None:
+    path, *flags = arguments
     config = load_config(Path(path))
     try:
         run_worker(config, resume="--resume" in flags)
     except Exception as error:
         fail(RunDir(config.run_dir).logs, error)
-
-
-if __name__ == "__main__":
-    main()

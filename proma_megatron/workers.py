@@ -21,7 +21,7 @@ def start_workers(
     logs: Path,
     process: ProcessConfig,
 ) -> None:
-    """Run ``python -m module arguments`` on ``count`` ranks, to the end.
+    """Run ``module.main(arguments)`` on ``count`` ranks, to the end.
 
     Rank 0 has the terminal; what the others print goes to ``logs``.
 
@@ -52,7 +52,9 @@ def start_workers(
         ),
     )
     try:
-        elastic_launch(launch, entrypoint=sys.executable)("-u", "-m", module, *arguments)
+        elastic_launch(launch, entrypoint=sys.executable)(
+            "-u", "-m", "proma_megatron.startup", module, *arguments
+        )
     except ChildFailedError as failure:
         raise first_error(logs, failure) from None
     except SignalException as stop:

@@ -12,6 +12,7 @@ from proma_megatron.exactness.job import SUMMARY, GradientJob, check_output, wor
 from proma_megatron.placement import check_world_size, choose_device
 from proma_megatron.policy.huggingface import read_model
 from proma_megatron.slurm import adopt_slurm
+from proma_megatron.startup import defer_compilation
 from proma_megatron.workers import start_workers
 
 
@@ -103,6 +104,7 @@ def _take_part(job: GradientJob) -> None:
     """One rank among those that torchrun or srun started."""
     stdout = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # also what imports print
+    defer_compilation()
     from proma_megatron.exactness.worker import run_gradients
 
     summary = run_gradients(job, logs=None)

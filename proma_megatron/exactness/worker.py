@@ -1,7 +1,6 @@
 """One rank of `proma grads` or `proma verify`.
 
-Started as ``python -m proma_megatron.exactness.worker JOB LOGS``, or entered under torchrun and
-srun.
+Started through `startup`, or entered directly under torchrun and srun.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +117,8 @@ def _place(name: str) -> tuple[bool, int, str]:
     return layer is None, layer or 0, name
 
 
-def main() -> None:
-    path, logs = (Path(argument) for argument in sys.argv[1:])
+def main(arguments: Sequence[str]) -> None:
+    path, logs = map(Path, arguments)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is for the result
     try:
         summary = run_gradients(GradientJob.model_validate_json(path.read_text()), logs)
@@ -127,7 +126,3 @@ def main() -> None:
             (logs / SUMMARY).write_text(summary)
     except Exception as error:
         fail(logs, error)
-
-
-if __name__ == "__main__":
-    main()

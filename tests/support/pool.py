@@ -7,6 +7,7 @@ own traceback; the others, which may hang in a collective, are killed with it.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -21,12 +22,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from proma_megatron.startup import defer_compilation
+
 MAX_WORKERS = 4
 JOB_TIMEOUT = 300.0
 
 
 def _serve(rank: int, device_type: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    defer_compilation()
+    fresh = True
     while True:
         try:
             job = pipe.recv()
@@ -38,6 +43,9 @@ def _serve(rank: int, device_type: str, pipe: Connection) -> None:
         try:
             result = _run(function, arguments, device_type, rank, world_size, store)
             pipe.send_bytes(pickle.dumps((True, result)))
+            del result
+            _release_groups(fresh)
+            fresh = False
         except Exception:
             pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
             return
@@ -68,6 +76,20 @@ def _run(
         return function(device, **arguments)
     finally:
         dist.destroy_process_group()
+
+
+def _release_groups(first: bool) -> None:
+    """Free the groups of a layout, which hang on its model and that in reference cycles.
+
+    Each Gloo group has three threads, one of which wakes a hundred times a second: those of a few
+    hundred layouts keep two cores busy.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    RotaryEmbedding.forward.cache_clear()  # keeps the last 32 models alive
+    gc.collect()
+    if first:
+        gc.freeze()  # what was imported is not searched again
 
 
 class WorkerPool:
