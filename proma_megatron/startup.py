@@ -1,6 +1,7 @@
-"""Where the process of a rank begins, before anything loads Megatron-Core.
+"""Where a rank that we start begins, before anything loads Megatron-Core.
 
-``python -m proma_megatron.startup MODULE ARGUMENTS`` runs ``MODULE.main(ARGUMENTS)``.
+``python -m proma_megatron.startup MODULE ARGUMENTS`` runs ``MODULE.main(ARGUMENTS)``. A rank that
+torchrun or srun started comes by way of `cli`, and calls `defer_compilation` too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 
@@ -17,7 +19,7 @@ def defer_compilation() -> None:
 
     Megatron-Core decorates some forty functions with `torch.compile` while it is imported, and the
     first of them loads Dynamo and Inductor: a third of the time that a process takes to start, for
-    functions that a dense model on a CPU never calls. Other functions are compiled as ever.
+    functions that our models don't call. What is not Megatron's is compiled as ever.
     """
     import torch
 
@@ -25,17 +27,20 @@ def defer_compilation() -> None:
     if getattr(at_once, "defers", False):
         return
 
-    def compile_later(function: Any = None, **options: Any) -> Any:
-        if not getattr(function, "__module__", "").startswith("megatron."):
-            return at_once(function, **options)
+    def compile_later(model: Any = None, **options: Any) -> Any:  # named as torch does
+        module = getattr(model, "__module__", None) or ""
+        if not isinstance(model, FunctionType) or not module.startswith("megatron."):
+            return at_once(model, **options)
 
         @functools.cache
         def compiled() -> Any:
-            return at_once(function, **options)
+            return at_once(model, **options)
 
-        @functools.wraps(function)
+        @functools.wraps(model)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return compiled()(*args, **kwargs)
+            # One fused function may call another, which is then compiled as a part of it.
+            inner = torch.compiler.is_compiling()
+            return (model if inner else compiled())(*args, **kwargs)
 
         return call
 

@@ -44,12 +44,26 @@ def test_megatrons_functions_are_compiled_once_and_when_called(compiled: list[st
     assert compiled == ["_of_megatron"]
 
 
+def test_within_another_compilation_they_are_left_to_it(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused: Any = torch.compile(_of_megatron)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert fused(1, plus=2) == 3
+    assert not compiled
+
+
 def test_other_functions_are_compiled_at_once(compiled: list[str]) -> None:
     def own() -> None:
         pass
 
+    def homeless() -> None:
+        pass
+
+    homeless.__module__ = None  # type: ignore[assignment]
     torch.compile(own)
-    assert compiled == ["own"]
+    torch.compile(model=homeless)
+    assert compiled == ["own", "homeless"]
 
 
 def test_the_modules_of_a_run_load_no_compiler() -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from proma_megatron.config import ModelConfig
 
-if TYPE_CHECKING:  # the launcher reads the table without loading Megatron
+if TYPE_CHECKING:  # the launcher reads shapes without loading Megatron
     from proma_megatron.topology import Topology
 
 GATHERED_TOGETHER = 2**26  # entries
@@ -136,12 +136,15 @@ def parameter_shards(
     """The shards of a bare model chunk, in the order of its parameters.
 
     Raises:
-        ValueError: a parameter that the table above does not know.
+        ValueError: a parameter that the table above does not know, or the configuration denies.
     """
     shapes = tensor_shapes(model, vocab_size)
     shards = []
     for local_name, parameter in chunk.named_parameters():
         name, layer, row = _look_up(local_name, chunk, model)
+        for tensor in row.tensors:
+            if tensor not in shapes:
+                raise ValueError(f"parameter {name} holds {tensor}, which this model doesn't have")
         reduction = row.share.reduction(topology)
         length = parameter.shape[row.axis]
         start = topology.tensor.rank * length if row.share is Share.ENTRIES else 0
@@ -166,14 +169,17 @@ def _look_up(name: str, chunk: torch.nn.Module, model: ModelConfig) -> tuple[str
     if name in MODEL:
         return name, None, MODEL[name]
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-    if match is None or match[2] not in LAYER:
+    rest = match[2] if match else ""
+    layer = None
+    if match is not None:
+        # Megatron counts layers within a chunk; the model counts them from its first.
+        decoder: Any = chunk.decoder
+        layer = int(decoder.layers[int(match[1])].layer_number) - 1
+        name = f"decoder.layers.{layer}.{rest}"
+    if rest not in LAYER:
         raise ValueError(f"parameter {name} has no Hugging Face counterpart in parameters.py")
-    # Megatron counts layers within a chunk; the model counts them from its first.
-    decoder: Any = chunk.decoder
-    layer = int(decoder.layers[int(match[1])].layer_number) - 1
-    row = LAYER[match[2]]
-    tensors = tuple(f"model.layers.{layer}.{tensor}" for tensor in row.tensors)
-    return f"decoder.layers.{layer}.{match[2]}", layer, replace(row, tensors=tensors)
+    tensors = tuple(f"model.layers.{layer}.{tensor}" for tensor in LAYER[rest].tensors)
+    return name, layer, replace(LAYER[rest], tensors=tensors)
 
 
 @dataclass(frozen=True)

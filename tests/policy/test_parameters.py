@@ -15,6 +15,7 @@ from support.shards import (
     filled_then_gathered,
     initial_weights,
     local_shards,
+    refusals,
 )
 
 from proma_megatron.config import ParallelConfig
@@ -155,3 +156,16 @@ def test_gathering_sends_what_it_gathers_and_no_more(workers: WorkerPool) -> Non
     """Gradients are views into one buffer, and pickling a view takes all of it along."""
     ((sent, needed),) = workers.run(1, bytes_gathered, model=TINY)
     assert needed <= sent < 1.3 * needed
+
+
+def test_a_parameter_that_the_table_or_the_model_does_not_have_is_named(
+    workers: WorkerPool,
+) -> None:
+    """By its layer in the model: the last chunk counts its own from 0."""
+    model = TINY.model_copy(update={"qkv_bias": True})
+    parallel = LAYOUTS["vpp2"]
+    found = workers.run(world_size(parallel), refusals, model=model, parallel=parallel, denied=TINY)
+    unknown, denied = found[-1]
+    assert unknown.startswith("parameter decoder.layers.3.mlp.extra has no")
+    assert "decoder.layers.3.self_attention.linear_qkv.bias" in denied
+    assert "model.layers.3.self_attn.q_proj.bias" in denied

@@ -42,10 +42,11 @@ def _serve(rank: int, device_type: str, pipe: Connection) -> None:
         # that are kept for comparison would run out of them.
         try:
             result = _run(function, arguments, device_type, rank, world_size, store)
-            pipe.send_bytes(pickle.dumps((True, result)))
+            message = pickle.dumps((True, result))
             del result
             _release_groups(fresh)
             fresh = False
+            pipe.send_bytes(message)
         except Exception:
             pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
             return

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from proma_megatron.config import ModelConfig, ParallelConfig
 from proma_megatron.policy.model import build_policy
-from proma_megatron.policy.parameters import Run, fill, gather
+from proma_megatron.policy.parameters import Run, fill, gather, parameter_shards
 from proma_megatron.topology import layout
 from support.gradients import VOCAB, random_weights
 
@@ -44,6 +44,26 @@ def local_shards(
             )
             for shard in policy.shards
         ]
+
+
+def refusals(
+    device: torch.device, model: ModelConfig, parallel: ParallelConfig, denied: ModelConfig
+) -> tuple[str, str]:
+    """Of a last layer with a parameter too many, and of one that the configuration denies."""
+    with layout(parallel, device, 0) as topology:
+        policy = build_policy(model, VOCAB, 64, topology, seed=0)
+        chunk: Any = policy.modules[-1]
+
+        def refusal(configuration: ModelConfig) -> str:
+            try:
+                parameter_shards(chunk, configuration, VOCAB, topology)
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        of_denied = refusal(denied)
+        chunk.decoder.layers[-1].mlp.extra = torch.nn.Parameter(torch.zeros(1))
+        return refusal(model), of_denied
 
 
 def filled_then_gathered(
