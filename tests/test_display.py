@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
@@ -204,8 +205,11 @@ def test_time_left_is_of_this_phase_and_of_slow_steps() -> None:
     assert progress.tasks[0].time_remaining == pytest.approx(97 * 60)
 
 
-def test_stopping_twice_or_too_early_leaves_the_terminal_as_it_was() -> None:
-    console, file = _terminal()
+@pytest.mark.parametrize("kind", [_terminal, _log_console])
+def test_stopping_twice_or_too_early_writes_nothing(
+    kind: Callable[[], tuple[Console, io.StringIO]],
+) -> None:
+    console, file = kind()
     display = Display("demo", 2, console)
     display.stop()
     assert file.getvalue() == ""
@@ -214,4 +218,5 @@ def test_stopping_twice_or_too_early_leaves_the_terminal_as_it_was() -> None:
     stopped = file.getvalue()
     display.stop()
     assert file.getvalue() == stopped
-    assert stopped.count("\x1b[?25l") == stopped.count("\x1b[?25h") == 1  # hidden, then shown
+    hidden, shown = stopped.count("\x1b[?25l"), stopped.count("\x1b[?25h")
+    assert hidden == shown == int(console.is_terminal)  # the cursor

@@ -31,7 +31,6 @@ JOB_TIMEOUT = 300.0
 def _serve(rank: int, device_type: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     defer_compilation()
-    fresh = True
     while True:
         try:
             job = pipe.recv()
@@ -44,8 +43,7 @@ def _serve(rank: int, device_type: str, pipe: Connection) -> None:
             result = _run(function, arguments, device_type, rank, world_size, store)
             message = pickle.dumps((True, result))
             del result
-            _release_groups(fresh)
-            fresh = False
+            _release_groups()
             pipe.send_bytes(message)
         except Exception:
             pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
@@ -79,7 +77,7 @@ def _run(
         dist.destroy_process_group()
 
 
-def _release_groups(first: bool) -> None:
+def _release_groups() -> None:
     """Free the groups of a layout, which hang on its model and that in reference cycles.
 
     Each Gloo group has three threads, one of which wakes a hundred times a second: those of a few
@@ -89,7 +87,7 @@ def _release_groups(first: bool) -> None:
 
     RotaryEmbedding.forward.cache_clear()  # keeps the last 32 models alive
     gc.collect()
-    if first:
+    if not gc.get_freeze_count():
         gc.freeze()  # what was imported is not searched again
 
 
