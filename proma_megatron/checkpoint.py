@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from proma_megatron.config import ConfigError
-from proma_megatron.policy.model import Policy
+from proma_megatron.config import ConfigError, RunConfig
+from proma_megatron.policy.huggingface import read_model
+from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.optimizer import Optimizer
+from proma_megatron.policy.parameters import fill
 from proma_megatron.run_dir import MARKER
+from proma_megatron.topology import Topology
 
 
 def save_checkpoint(
@@ -56,7 +60,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer | None) -> 
         raise ConfigError(
             f"{path} is no complete checkpoint: it has no {MARKER}; choose another one"
         )
-    with policy.topology.megatron_calls():
+    with policy.topology.megatron_calls(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about its own calls of itself
         sharded = _sharded(policy, optimizer, loading=True)
         loaded: Any = dist_checkpointing.load(sharded, str(path))
         for index, module in enumerate(policy.modules):
@@ -64,6 +69,38 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer | None) -> 
         if optimizer is not None:
             optimizer.load_state(loaded["optimizer"], loaded["scheduler"])
     return json.loads(marker.read_text())
+
+
+def load_policy(
+    config: RunConfig, vocab_size: int, checkpoint: Path | None, topology: Topology
+) -> Policy:
+    """A policy for sampling and reading: weights of a checkpoint, or of ``config.model.path``.
+
+    Raises:
+        ConfigError: the checkpoint or the directory is not complete.
+    """
+    policy = build_policy(
+        config.model,
+        config.model.vocab_size or vocab_size,
+        config.max_sequence_length,
+        topology,
+        seed=None,
+        frozen=True,
+    )
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, policy, None)
+    else:
+        load_pretrained(config, policy)
+    return policy
+
+
+def load_pretrained(config: RunConfig, policy: Policy) -> None:
+    """Fill the policy with the weights of ``config.model.path``.
+
+    Each rank reads its own slices, one tensor at a time.
+    """
+    assert config.model.path is not None
+    fill(policy.shards, read_model(config.model.path, config.model).read)
 
 
 def _key(chunk: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,6 +47,41 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes such as parallel.tensor=8.")
+    ] = None,
+    gpu_memory: Annotated[
+        float, typer.Option(min=0.001, help="GiB of one GPU that the run may use.")
+    ] = 76.0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what a run needs before it is started: memory, microbatches, traffic. Exits with 1 if
+    it does not fit."""
+    from rich.console import Console
+
+    from proma_megatron.planning.plan import make_plan
+    from proma_megatron.planning.printing import print_plan
+    from proma_megatron.rollout.source import vocabulary
+
+    checked = load_config(config, overrides or [])
+    found = make_plan(
+        checked,
+        vocabulary(checked),
+        gpu_memory=int(gpu_memory * 2**30),
+        gpus_per_node=gpus_per_node,
+    )
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        print_plan(found, Console())
+    if not found.fits:
+        sys.exit(1)
+
+
+@app.command()
 def grads(
     hf: Annotated[Path, typer.Option(help="Hugging Face directory of a dense Qwen model.")],
     batch: Annotated[Path, typer.Option(help="JSONL, one sequence a line; see the README.")],
@@ -75,6 +111,62 @@ def verify(
 
     if not run(source, overrides or []):
         sys.exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT_OR_HF",
+            help="A run, one of its checkpoints, or a Hugging Face directory of a Qwen model.",
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="JSONL or parquet file of problems.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes such as parallel.data=8.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Completions of a problem; 1 is greedy.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file whose prompts, reward and layout a Hugging Face model takes."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file of all completions.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the JSONL file that is there.")
+    ] = False,
+) -> None:
+    """Measure a policy on a file of problems: accuracy, pass@k, lengths, every completion."""
+    from proma_megatron.evaluation.job import evaluate_saved
+    from proma_megatron.saved import open_saved
+
+    chosen = [f"evaluation.samples={samples}"] if samples is not None else []
+    saved = open_saved(source, [*chosen, *(overrides or [])], config)
+    evaluate_saved(saved, data, out, overwrite=overwrite)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, or one of its checkpoints.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes such as parallel.tensor=1.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float64", "float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Of the weights; default: that of the run."),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+) -> None:
+    """Write a policy as a Hugging Face directory, for transformers and vLLM."""
+    from proma_megatron.export.job import export as run
+    from proma_megatron.saved import open_saved
+
+    run(open_saved(source, overrides or []), out, dtype, shard_size)
 
 
 @app.command()

@@ -6,7 +6,7 @@ names the value, what was expected and the fix.
 
 from __future__ import annotations
 
-import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,8 +37,14 @@ class ComputeConfig(Section):
 
 
 class ModelConfig(ComputeConfig):
-    """A Qwen3- or Qwen2-shaped decoder; the vocabulary comes from the tokenizer."""
+    """A Qwen3- or Qwen2-shaped decoder.
 
+    With ``path``, a Hugging Face directory, weights come from there and the shape from its
+    config.json: keys of the shape need not be given, and may not differ.
+    """
+
+    path: Path | None = None
+    vocab_size: PositiveInt | None = None  # rows of the embedding; null: the tokenizer's
     hidden_size: PositiveInt = 128
     ffn_hidden_size: PositiveInt = 384
     layers: PositiveInt = 4
@@ -73,18 +79,38 @@ class ParallelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    path: Path | None = None  # a SentencePiece model; None trains one from the task's own text
+    # A SentencePiece .model file, or a directory with a Hugging Face tokenizer. Null: that of
+    # model.path; without one, a SentencePiece model trained from the task's own text.
+    path: Path | None = None
     vocab_size: PositiveInt = 320  # of a tokenizer that is trained here
 
 
+class PromptConfig(Section):
+    """How a question becomes the text that the policy continues."""
+
+    # "auto": the tokenizer's chat template where it has one, else "Question: ... Answer:".
+    template: Literal["auto", "chat", "plain"] = "auto"
+    thinking: bool = False  # a chat template's enable_thinking
+    system: str | None = None  # a system message before the question
+    instruction: str | None = None  # follows the question, after a space
+
+
+class ColumnsConfig(Section):
+    """Columns of data files; a dot reaches into a column. Null: GSM8K's own, or verl's."""
+
+    prompt: str | None = None  # a text, or chat messages
+    answer: str | None = None  # the reference answer
+    solution: str | None = None  # a worked answer, for the warm start
+
+
 class DataConfig(Section):
-    task: Literal["arithmetic"] = "arithmetic"
     train_problems: PositiveInt = 20_000
     validation_problems: PositiveInt = 128
     largest_number: Annotated[int, Field(ge=2)] = 50  # in a generated question
     solution_steps: Literal[1, 2] = 2  # lines of arithmetic in a generated solution, at most
-    train_file: Path | None = None  # JSONL with `question` and `answer`, instead of the generator
+    train_file: Path | None = None  # JSONL or parquet, instead of the generator
     validation_file: Path | None = None
+    columns: ColumnsConfig = ColumnsConfig()
     seed: int = 0
 
 
@@ -100,7 +126,17 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    function: str = "gsm8k"  # or "package.module:function" of (prompt, completion, reference)
+    """A completion's score, in [0, 1] for the built-in functions, and what is added to it."""
+
+    # "gsm8k": the number after "####"; "math": the last answer in the text, compared by
+    # math-verify; or "package.module:function" of (prompt, completion, reference).
+    function: str = "gsm8k"
+    format_bonus: NonNegativeFloat = 0.0  # for an answer in the form asked for, right or wrong
+    format_pattern: str | None = None  # regular expression of that form; null: the function's own
+    overlong_penalty: NonNegativeFloat = 0.0  # what a completion loses that meets the length limit
+    overlong_buffer: NonNegativeInt = 0  # last tokens over which the penalty grows; 0: at once
+    timeout_seconds: PositiveFloat = 5.0  # for one sample, which scores 0 when it runs out
+    workers: PositiveInt = 2  # scoring processes of a replica
 
 
 class AdvantageConfig(Section):
@@ -138,6 +174,9 @@ class ProjectionConfig(Section):
 
 class BatchingConfig(Section):
     tokens_per_microbatch: PositiveInt = 1024
+    # Consecutive sequences instead of a token budget: with samples_per_prompt of them, a
+    # microbatch is one prompt's group.
+    sequences_per_microbatch: PositiveInt | None = None
     minibatches: PositiveInt = 1  # optimizer steps per rollout batch
 
 
@@ -172,9 +211,19 @@ class ProcessConfig(Section):
     threads: PositiveInt = 1  # CPU threads per process, where there is no GPU
 
 
+class EvaluationConfig(Section):
+    """How `proma eval` and validation sample."""
+
+    samples: PositiveInt = 1  # of a problem
+    # Null: 0, which is greedy, for one sample, and rollout.temperature for several.
+    temperature: NonNegativeFloat | None = None
+    top_k: NonNegativeInt = 0
+    top_p: Fraction = 1.0
+
+
 class TrainerConfig(ProcessConfig):
     steps: PositiveInt = 50
-    validate_every: NonNegativeInt = 20  # greedy accuracy; 0: only before and after
+    eval_every: NonNegativeInt = 20  # accuracy on the validation split; 0: only before and after
     kl_every: NonNegativeInt = 1  # KL to the policy that RL started from; 0: only at the end
     save_every: NonNegativeInt = 0  # 0: only before RL and after the last step
     log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
@@ -189,6 +238,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    prompt: PromptConfig = PromptConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
@@ -198,6 +248,7 @@ class RunConfig(Section):
     batching: BatchingConfig = BatchingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     trainer: TrainerConfig = TrainerConfig()
 
     @property
@@ -231,6 +282,34 @@ class GradientsConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     projection: ProjectionConfig = ProjectionConfig()
     trainer: ProcessConfig = ProcessConfig()
+
+
+# What the configuration names need not be there for it to be valid: a run can be planned before its
+# data are.
+
+
+def check_data_files(config: RunConfig) -> None:
+    """Whether the data files that the configuration names are there; ConfigError if not."""
+    for key, path in (
+        ("data.train_file", config.data.train_file),
+        ("data.validation_file", config.data.validation_file),
+    ):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{key} is {path}, expected a file that exists; check the path")
+
+
+def check_model_files(config: RunConfig) -> None:
+    """Whether model and tokenizer that the configuration names are there; ConfigError if not."""
+    if config.tokenizer.path is not None and not config.tokenizer.path.exists():
+        raise ConfigError(
+            f"tokenizer.path is {config.tokenizer.path}, which does not exist; check the path"
+        )
+    path = config.model.path
+    if path is not None and not path.is_dir():
+        raise ConfigError(
+            f"model.path is {path}, expected a directory with a Hugging Face model; download it, "
+            f"for example with `hf download Qwen/{path.name} --local-dir {path}`"
+        )
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -282,7 +361,8 @@ def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
 
 def _run_problems(config: RunConfig) -> Iterator[str]:
     batch, rollout = config.batching, config.rollout
-    if batch.tokens_per_microbatch < config.max_sequence_length:
+    budgeted = batch.sequences_per_microbatch is None
+    if budgeted and batch.tokens_per_microbatch < config.max_sequence_length:
         yield (
             f"batching.tokens_per_microbatch is {batch.tokens_per_microbatch}, but a sequence may "
             f"have {config.max_sequence_length} tokens (rollout.max_prompt_tokens + "
@@ -313,31 +393,28 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         yield "data.train_file is set without data.validation_file; give both, or neither"
     if config.data.validation_file is not None and config.data.train_file is None:
         yield "data.validation_file is set without data.train_file; give both, or neither"
-    for key, path in (
-        ("data.train_file", config.data.train_file),
-        ("data.validation_file", config.data.validation_file),
-        ("tokenizer.path", config.tokenizer.path),
-    ):
-        if path is not None and not path.is_file():
-            yield f"{key} is {path}, expected a file that exists; check the path"
-    yield from _reward_problems(config.reward.function)
-
-
-def _reward_problems(function: str) -> Iterator[str]:
-    if function == "gsm8k":
-        return
-    module, _, name = function.partition(":")
-    if not name:
-        yield (f"reward.function is '{function}', expected 'gsm8k' or 'package.module:function'")
-        return
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
+    if (config.data.columns.prompt is None) != (config.data.columns.answer is None):
         yield (
-            f"reward.function is '{function}', but there is no module '{module}'; install it or "
-            "put its folder on PYTHONPATH"
+            "data.columns.prompt and data.columns.answer go together, but only one is set; give "
+            "both, or neither"
+        )
+    yield from _reward_problems(config.reward)
+
+
+def _reward_problems(reward: RewardConfig) -> Iterator[str]:
+    if reward.format_pattern is not None:
+        try:
+            re.compile(reward.format_pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield (
+                f"reward.format_pattern is {reward.format_pattern!r}, expected a regular "
+                f"expression; mend it: {error}"
+            )
+    module, _, name = reward.function.partition(":")
+    if reward.function not in ("gsm8k", "math") and not (module and name):
+        yield (
+            f"reward.function is '{reward.function}', expected 'gsm8k', 'math' or "
+            "'package.module:function'"
         )
 
 

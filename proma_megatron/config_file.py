@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from proma_megatron.config import ConfigError, GradientsConfig, RunConfig, Section
+from proma_megatron.policy.hf_config import SHAPE, planned_shape
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -25,6 +26,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or no mapping, or a value does not fit.
     """
+    return validate_config(apply_overrides(read_tree(path), overrides))
+
+
+def read_tree(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, on top of that of the file that its key ``base`` names.
+
+    ``base`` is relative to the file; what both have, the file itself decides.
+
+    Raises:
+        ConfigError: a file is missing, no mapping, or its own base.
+    """
+    if path.resolve() in within:
+        raise ConfigError(f"{path} is its own base; remove the key 'base' from one of the files")
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; give the path of a YAML file")
     try:
@@ -37,7 +51,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, expected `key: value` lines")
-    return validate_config(apply_overrides(tree, overrides))
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    below = read_tree(path.parent / str(base), (*within, path.resolve()))
+    return _merge(below, tree)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings, sections merged; ``above`` wins."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -63,12 +91,30 @@ def validate_config(tree: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: one sentence per fault, the first few of them.
     """
-    return _validate(tree, RunConfig)
+    return _validate(_with_shape(tree), RunConfig)
 
 
 def gradients_config(overrides: Sequence[str]) -> GradientsConfig:
     """A validated `GradientsConfig` of defaults and overrides; raises as `validate_config`."""
     return _validate(apply_overrides({}, overrides), GradientsConfig)
+
+
+def _with_shape(tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with the shape of the Hugging Face model that it names, if it names one."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or model.get("path") is None:
+        return tree
+    path = Path(str(model["path"]))
+    if not path.exists() and all(model.get(key) is not None for key in SHAPE):
+        return tree  # resolved before, as a run's own configuration is
+    shape = planned_shape(path)
+    for key, value in shape.items():
+        if model.get(key, value) != value:
+            raise ConfigError(
+                f"model.{key} is {model[key]!r}, but it is {value!r} in the config.json of "
+                f"model.path={path}; leave the key out"
+            )
+    return {**tree, "model": {**model, **shape}}
 
 
 def _validate[Root: Section](tree: dict[str, Any], root: type[Root]) -> Root:

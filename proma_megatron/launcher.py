@@ -7,11 +7,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from proma_megatron.config import ConfigError, RunConfig
+from proma_megatron.config import ConfigError, RunConfig, check_data_files, check_model_files
 from proma_megatron.config_file import dump_config
+from proma_megatron.export.files import keep_companions
 from proma_megatron.failure import StoppedError, WorkerError
 from proma_megatron.placement import check_precision, check_replicas, choose_device
-from proma_megatron.rollout.rewards import load_reward
+from proma_megatron.policy.huggingface import read_model
+from proma_megatron.rollout.rewards import check_reward
 from proma_megatron.rollout.source import check_demonstrations, prepare_data
 from proma_megatron.run_dir import RunDir, prepare_run_dir
 from proma_megatron.slurm import adopt_slurm
@@ -55,16 +57,25 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
             "optimizer.distributed is true with --resume, which Megatron-Core 0.19 can't load "
             "with torch's Adam; resume needs a run with optimizer.distributed=false"
         )
-    load_reward(config.reward.function)
+    check_data_files(config)
+    check_model_files(config)
+    check_reward(config.reward, config.rollout.max_new_tokens)
+    if config.model.path is not None:
+        read_model(config.model.path, config.model)
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "tokenizer.model"
         if resume and RunDir(config.run_dir).tokenizer.is_file():
             trained = RunDir(config.run_dir).tokenizer
-        check_demonstrations(config, prepare_data(config, trained))
+        data = prepare_data(config, trained)
+        check_demonstrations(config, data)
         run_dir = prepare_run_dir(config.run_dir, resume, overwrite)
         if trained.is_file() and trained != run_dir.tokenizer:
             shutil.copyfile(trained, run_dir.tokenizer)
+    if config.model.path is not None:
+        keep_companions(config.model.path, run_dir.huggingface)
     run_dir.config.write_text(dump_config(config))
+    for note in data.notes:
+        print(f"{config.name}: {note}", flush=True)
     return run_dir
 
 

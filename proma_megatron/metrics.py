@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -102,6 +102,13 @@ class Stopwatch:
         result = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return result
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file of these rows, in place of what ``path`` held."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for row in rows:
+            _append_line(file, row)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

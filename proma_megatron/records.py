@@ -20,13 +20,24 @@ import torch
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+@dataclass(frozen=True)
 class Problem:
-    """One task item in GSM8K's form, before tokenization."""
+    """One task item, before tokenization."""
 
     id: str
     question: str
-    solution: str  # worked answer that ends in "#### <answer>"
+    solution: (
+        str  # worked answer, in GSM8K's form ending in "#### <answer>"; "" where none is given
+    )
     answer: str  # the reference that rewards compare with
+    messages: tuple[Message, ...] = ()  # the chat that data gave instead of a bare question
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,14 @@ class ScoredRollout:
     """A rollout with its reward."""
 
     rollout: Rollout
-    reward: float
+    reward: float  # what training sees: the score, with bonus and penalty
+    score: float  # of the reward function alone
+    timed_out: bool = False  # the function did not come back in time; the score is 0
+
+    @property
+    def correct(self) -> bool:
+        """Whether the completion counts as a solution."""
+        return self.score > 0.5
 
 
 @dataclass(frozen=True)

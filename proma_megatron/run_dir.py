@@ -5,6 +5,8 @@ environment.json  versions, git revision and device
 metrics.jsonl     one line per step
 samples.jsonl     a few rollouts of each step
 tokenizer.model   where the configuration names none
+huggingface/      config and tokenizer of the model that the run began with
+evaluation/       every completion of each validation
 unscored_*.jsonl  rollouts that a failing reward function left without one
 tensorboard/      event files
 checkpoints/      weights, optimizer state and position
@@ -70,6 +72,15 @@ class RunDir:
         """The tokenizer that this run trained."""
         return self.path / "tokenizer.model"
 
+    @property
+    def huggingface(self) -> Path:
+        """Files of the Hugging Face model apart from its weights."""
+        return self.path / "huggingface"
+
+    def evaluation(self, step: int) -> Path:
+        """Completions of the validation after this step."""
+        return self.path / "evaluation" / f"step_{step:06d}.jsonl"
+
     def unscored(self, step: int) -> Path:
         return self.path / f"unscored_step_{step:06d}.jsonl"
 
@@ -83,7 +94,7 @@ class RunDir:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        return self.tensorboard, self.checkpoints, self.logs
+        return self.tensorboard, self.checkpoints, self.logs, self.path / "evaluation"
 
     @property
     def holds_run(self) -> bool:
@@ -191,7 +202,7 @@ def _remove_run(run_dir: RunDir) -> None:
         file.unlink()
     run_dir.tokenizer.unlink(missing_ok=True)
     # config.yaml goes last: while it is there, an interrupted removal still reads as a run.
-    for folder in run_dir.folders:
+    for folder in (*run_dir.folders, run_dir.huggingface):
         if folder.is_symlink():
             folder.unlink()  # what a link points to may be another run's
         elif folder.exists():

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Sequence
 
 from proma_megatron.batching.advantages import group_relative
-from proma_megatron.batching.packing import loss_tokens, pack, plan_microbatches
-from proma_megatron.checkpoint import WeightSnapshot, load_checkpoint, save_checkpoint
+from proma_megatron.batching.packing import (
+    consecutive_microbatches,
+    loss_tokens,
+    pack,
+    plan_microbatches,
+)
+from proma_megatron.checkpoint import (
+    WeightSnapshot,
+    load_checkpoint,
+    load_pretrained,
+    save_checkpoint,
+)
 from proma_megatron.config import RunConfig
-from proma_megatron.metrics import Stopwatch
+from proma_megatron.evaluation.evaluate import evaluate
+from proma_megatron.metrics import Stopwatch, write_rows
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.optimizer import Optimizer
@@ -38,7 +47,8 @@ from proma_megatron.rollout.collect import (
 )
 from proma_megatron.rollout.demonstrations import Demonstrations
 from proma_megatron.rollout.generator import SamplingOptions
-from proma_megatron.rollout.rewards import RewardError, load_reward
+from proma_megatron.rollout.rewards import RewardError
+from proma_megatron.rollout.scoring import Scorer
 from proma_megatron.rollout.source import Data
 from proma_megatron.run_dir import MARKER, RunDir
 from proma_megatron.topology import Topology
@@ -57,13 +67,13 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.topology = config, data, topology
         self.run_dir, self.reporter = run_dir, reporter
-        self.reward = load_reward(config.reward.function)
+        self.scorer = Scorer(config.reward, config.rollout.max_new_tokens)
         self.policy = build_policy(
             config.model,
-            data.tokenizer.vocab_size,
+            config.model.vocab_size or data.tokenizer.vocab_size,
             config.max_sequence_length,
             topology,
-            seed=config.seed,
+            seed=config.seed if config.model.path is None else None,
             distributed_optimizer=config.optimizer.distributed,
         )
         self.accumulator = self._build_accumulator()
@@ -112,6 +122,9 @@ class Trainer:
         if resume:
             self._resume()
         else:
+            if self.config.model.path is not None:
+                load_pretrained(self.config, self.policy)
+                self.reporter.message(f"loaded the weights of {self.config.model.path}")
             self._warm_start()
             self.optimizer = self._build_optimizer()
             self._save()
@@ -121,8 +134,7 @@ class Trainer:
         self.reporter.start("rl", total, completed=self.done)
         try:
             if self.done == 0:
-                before = {"validation/accuracy": self.validate()}
-                self.reporter.write(StepReport(0, before), "rl")
+                self.reporter.write(StepReport(0, self.validate(0)), "rl")
             for step in range(self.done + 1, total + 1):
                 self.reporter.write(self.step(step), "rl")
                 if step == total or (every and step % every == 0):
@@ -147,7 +159,7 @@ class Trainer:
             if self._due(step, self.config.trainer.kl_every):
                 with self.stopwatch.phase("kl"):
                     metrics["policy/kl_initial"] = self._kl_to_initial(sequences)
-            if self._due(step, self.config.trainer.validate_every):
+            if self._due(step, self.config.trainer.eval_every):
                 with self.stopwatch.phase("validation"):
                     metrics |= self._validate_after(step, metrics, groups)
         metrics |= self.stopwatch.seconds()
@@ -156,6 +168,10 @@ class Trainer:
 
     def _due(self, step: int, every: int) -> bool:
         return step == self.config.trainer.steps or (every > 0 and step % every == 0)
+
+    def close(self) -> None:
+        """End the scoring processes."""
+        self.scorer.close()
 
     # ------------------------------------------------------------------ rollouts
 
@@ -174,7 +190,7 @@ class Trainer:
     def _score(self, rollouts: list[Rollout], step: int) -> list[RolloutGroup]:
         """Scored groups of all replicas, in the order of the prompts, on every rank."""
         try:
-            scored = score_rollouts(self.policy, rollouts, self.reward)
+            scored = score_rollouts(self.topology, rollouts, self.scorer)
         except RewardError:
             self._keep_unscored(rollouts, step)
             raise
@@ -186,34 +202,38 @@ class Trainer:
         """Write the rollouts that a failed reward function would lose."""
         everything = [r for part in self.topology.gather_over_data(rollouts) for r in part]
         if self.topology.is_main:
-            with self.run_dir.unscored(step).open("w") as file:
-                for rollout in everything:
-                    row = {
-                        "problem": rollout.prompt.problem.id,
-                        "sample": rollout.sample,
-                        "prompt": rollout.prompt.text,
-                        "completion": rollout.text,
-                        "answer": rollout.prompt.problem.answer,
-                    }
-                    file.write(json.dumps(row) + "\n")
+            rows = (
+                {
+                    "problem": rollout.prompt.problem.id,
+                    "sample": rollout.sample,
+                    "prompt": rollout.prompt.text,
+                    "completion": rollout.text,
+                    "answer": rollout.prompt.problem.answer,
+                }
+                for rollout in everything
+            )
+            write_rows(self.run_dir.unscored(step), rows)
 
-    def validate(self) -> float:
-        """Mean reward of greedy completions over the validation split."""
-        mine = share(self.data.validation.all(), self.topology)
-        greedy = dataclasses.replace(self.sampling, greedy=True)
-        rollouts = sample_rollouts(
-            self.policy, self.data.tokenizer, mine, 1, greedy, seed=0, step=0
+    def validate(self, step: int) -> dict[str, float]:
+        """Accuracy and its kin on the validation split; every completion goes to the disk."""
+        found = evaluate(
+            self.policy,
+            self.data.tokenizer,
+            self.data.validation,
+            self.config,
+            self.scorer,
+            step=step,
         )
-        rewards = [s.reward for s in score_rollouts(self.policy, rollouts, self.reward)]
-        total = [value for part in self.topology.gather_over_data(rewards) for value in part]
-        return sum(total) / len(total)
+        if self.topology.is_main:
+            write_rows(self.run_dir.evaluation(step), found.rows())
+        return {f"validation/{name}": value for name, value in found.metrics().items()}
 
     def _validate_after(
         self, step: int, metrics: dict[str, float], groups: Sequence[RolloutGroup]
     ) -> dict[str, float]:
         """Validation of the updated policy; if its rewards fail, the step's record is kept."""
         try:
-            return {"validation/accuracy": self.validate()}
+            return self.validate(step)
         except RewardError:
             samples = samples_of(groups, self.config.trainer.log_samples)
             self.reporter.write(StepReport(step, metrics, samples), "rl")
@@ -295,12 +315,17 @@ class Trainer:
     def _pack(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
         """This replica's microbatches; the denominator counts all replicas."""
         topology = self.topology
-        plan = plan_microbatches(
-            [len(sequence.tokens) for sequence in sequences],
-            self.config.batching.tokens_per_microbatch,
-            replicas=topology.data.size,
-            multiple=topology.pipeline.size if topology.virtual_pipeline > 1 else 1,
-        )
+        size = self.config.batching.sequences_per_microbatch
+        multiple = topology.pipeline.size if topology.virtual_pipeline > 1 else 1
+        if size is not None:
+            plan = consecutive_microbatches(len(sequences), size, topology.data.size, multiple)
+        else:
+            plan = plan_microbatches(
+                [len(sequence.tokens) for sequence in sequences],
+                self.config.batching.tokens_per_microbatch,
+                topology.data.size,
+                multiple,
+            )
         denominator = float(loss_tokens(sequences))
         return [
             pack(
@@ -344,7 +369,9 @@ class Trainer:
             }
         )
         optimizer = Optimizer(self.policy, schedule, warm.steps)
-        demonstrations = Demonstrations(self.data.supervised, warm.guesses, self.config.seed)
+        demonstrations = Demonstrations(
+            self.data.supervised, self.data.tokenizer, warm.guesses, self.config.seed
+        )
         self.reporter.start("warm_start", warm.steps)
         for step in range(1, warm.steps + 1):
             started = time.perf_counter()

@@ -17,7 +17,7 @@ from proma_megatron.config_file import load_config
 from proma_megatron.failure import fail
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.reporting import Live, Reporter, Silent
-from proma_megatron.rollout.rewards import load_reward
+from proma_megatron.rollout.rewards import check_reward
 from proma_megatron.rollout.source import prepare_data
 from proma_megatron.run_dir import RunDir
 from proma_megatron.topology import layout, process_group
@@ -33,7 +33,7 @@ def run_worker(config: RunConfig, resume: bool) -> None:
     check_replicas(config, int(os.environ["WORLD_SIZE"]))
     device_type = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     check_precision(config, device_type)
-    load_reward(config.reward.function)
+    check_reward(config.reward, config.rollout.max_new_tokens)
     if device_type == "cpu":
         torch.set_num_threads(config.trainer.threads)
     run_dir = RunDir(config.run_dir)
@@ -52,9 +52,13 @@ def _run_in_group(config: RunConfig, run_dir: RunDir, device: torch.device, resu
         if topology.is_main:
             run_dir.write_environment(_device_name(device))
             reporter = Live(config.name, run_dir, config.trainer.steps)
+        trainer = None
         try:
-            Trainer(config, data, topology, run_dir, reporter).run(resume)
+            trainer = Trainer(config, data, topology, run_dir, reporter)
+            trainer.run(resume)
         finally:
+            if trainer is not None:
+                trainer.close()
             reporter.close()
 
 

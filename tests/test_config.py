@@ -1,11 +1,14 @@
 """What a configuration accepts, and the sentences in which it refuses."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from support.qwen import write_qwen
 
-from proma_megatron.config import ConfigError
+from proma_megatron.config import ConfigError, RunConfig, check_data_files, check_model_files
 from proma_megatron.config_file import dump_config, load_config, validate_config
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
@@ -72,13 +75,15 @@ def test_a_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
             ["tokens_per_microbatch is 10", "at least 144"],
         ),
         ({"data": {"train_file": "a"}}, ["data.train_file", "validation_file"]),
+        ({"model": {"path": "no/such/Model"}}, ["no/such/Model", "does not exist", "Qwen3-0.6B"]),
         (
-            {"data": {"train_file": "no.jsonl", "validation_file": "no.jsonl"}},
-            ["no.jsonl", "exists"],
+            {"model": {"path": "Qwen3-0.6B", "layers": 4}},
+            ["model.layers is 4", "it is 28", "leave the key out"],
         ),
-        ({"tokenizer": {"path": "no.model"}}, ["tokenizer.path is no.model", "check the path"]),
         ({"reward": {"function": "nonsense"}}, ["'nonsense'", "package.module:function"]),
-        ({"reward": {"function": "no_such_module:f"}}, ["no module 'no_such_module'"]),
+        ({"reward": {"function": "module:"}}, ["'module:'", "package.module:function"]),
+        ({"reward": {"format_pattern": "("}}, ["reward.format_pattern is '('", "regular"]),
+        ({"data": {"columns": {"prompt": "q"}}}, ["data.columns.answer", "only one is set"]),
         (
             {"optimizer": {"distributed": True}, "model": {"dtype": "float64"}},
             ["optimizer.distributed", "float64", "float32"],
@@ -104,6 +109,85 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: str, part: str) -> No
     path.write_text(content)
     with pytest.raises(ConfigError, match=part):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "check", "parts"),
+    [
+        (
+            {"data": {"train_file": "no.jsonl", "validation_file": "no.jsonl"}},
+            check_data_files,
+            ["data.train_file is no.jsonl", "exists"],
+        ),
+        (
+            {"tokenizer": {"path": "no.model"}},
+            check_model_files,
+            ["tokenizer.path is no.model", "check the path"],
+        ),
+        ({"model": {"path": "a/Qwen3-4B"}}, check_model_files, ["hf download Qwen/Qwen3-4B"]),
+    ],
+)
+def test_what_a_valid_config_names_must_be_there_in_the_end(
+    tree: dict[str, object], check: Callable[[RunConfig], None], parts: list[str]
+) -> None:
+    config = validate_config({"name": "run", **tree})
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_file_builds_on_its_base(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("name: a\nmodel: {layers: 8, heads: 8}\nseed: 3\n")
+    (tmp_path / "sub" / "one.yaml").write_text("base: ../base.yaml\nname: b\nmodel: {layers: 2}\n")
+    (tmp_path / "sub" / "two.yaml").write_text("base: one.yaml\nname: c\n")
+    config = load_config(tmp_path / "sub" / "two.yaml", ["seed=4"])
+    assert (config.name, config.model.layers, config.model.heads, config.seed) == ("c", 2, 8, 4)
+
+
+def test_a_base_that_is_missing_or_goes_round_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("base: two.yaml\nname: b\n")
+    with pytest.raises(ConfigError, match=r"two\.yaml does not exist"):
+        load_config(tmp_path / "one.yaml")
+    (tmp_path / "two.yaml").write_text("base: one.yaml\n")
+    with pytest.raises(ConfigError, match="is its own base"):
+        load_config(tmp_path / "one.yaml")
+
+
+def test_the_algorithms_siblings_differ_in_the_algorithm_alone() -> None:
+    paper = load_config(Path("configs/qwen3_0.6b_gsm8k.yaml")).model_dump()
+    assert paper["algorithm"] == "proma"
+    for algorithm in ("reinforce", "grpo"):
+        sibling = load_config(Path(f"configs/qwen3_0.6b_gsm8k_{algorithm}.yaml")).model_dump()
+        assert sibling.pop("algorithm") == algorithm
+        assert sibling.pop("name").endswith(algorithm)
+        assert sibling == {k: v for k, v in paper.items() if k not in ("algorithm", "name")}
+
+
+def test_the_papers_run_is_the_papers() -> None:
+    """Figures of nilin/proma's run.sh, which the paper names as its code."""
+    config = load_config(Path("configs/qwen3_0.6b_gsm8k.yaml"))
+    assert config.rollout.prompts_per_step == 128
+    assert config.rollout.samples_per_prompt == 8
+    assert config.rollout.prompts_per_step // config.batching.minibatches == 64
+    assert config.batching.sequences_per_microbatch == 8
+    assert (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens) == (512, 2048)
+    assert config.rollout.temperature == 1
+    assert config.optimizer.lr == 2e-6
+    assert (config.projection.rule, config.projection.bound) == ("iterative", 0.5)
+    assert (config.trainer.steps, config.trainer.eval_every) == (302, 5)
+
+
+def test_a_resolved_config_outlives_its_model(tmp_path: Path) -> None:
+    model = tmp_path / "Tiny"
+    write_qwen(model, tokenizer=False)
+    config = validate_config({"name": "run", "model": {"path": str(model)}})
+    assert (config.model.layers, config.model.vocab_size) == (4, 331)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    shutil.rmtree(model)
+    assert load_config(copy) == config
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

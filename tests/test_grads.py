@@ -20,7 +20,7 @@ from support.reference import huggingface_model, reference_gradients
 from proma_megatron.batching.batch_file import write_batch
 from proma_megatron.cli import main
 from proma_megatron.config import ProjectionConfig
-from proma_megatron.exactness.job import complete_or_absent
+from proma_megatron.output import complete_or_absent
 
 SEED = 11
 BATCH: Batch = random_batch(8, [2, 3, 1, 3, 2])

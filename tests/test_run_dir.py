@@ -35,7 +35,12 @@ def _one_sentence(error: pytest.ExceptionInfo[ConfigError]) -> bool:
 
 def test_new_run_gets_its_folders(tmp_path: Path) -> None:
     run_dir = prepare_run_dir(tmp_path / "runs" / "new", resume=False, overwrite=False)
-    assert sorted(p.name for p in run_dir.path.iterdir()) == ["checkpoints", "logs", "tensorboard"]
+    assert sorted(p.name for p in run_dir.path.iterdir()) == [
+        "checkpoints",
+        "evaluation",
+        "logs",
+        "tensorboard",
+    ]
 
 
 def test_new_run_keeps_foreign_files(tmp_path: Path) -> None:
@@ -62,7 +67,15 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     prepare_run_dir(run_dir.path, resume=False, overwrite=True)
 
     left = sorted(str(p.relative_to(run_dir.path)) for p in run_dir.path.rglob("*"))
-    assert left == ["checkpoints", "logs", "notes.md", "plots", "plots/a.png", "tensorboard"]
+    assert left == [
+        "checkpoints",
+        "evaluation",
+        "logs",
+        "notes.md",
+        "plots",
+        "plots/a.png",
+        "tensorboard",
+    ]
 
 
 def test_overwrite_without_a_run_removes_nothing(tmp_path: Path) -> None:

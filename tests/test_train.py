@@ -1,12 +1,11 @@
 """The `proma train` command, from the shell: runs, run directories and refusals."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.command import proma
 
 TINY = {
     "model.hidden_size": 32,
@@ -21,7 +20,7 @@ TINY = {
     "warm_start.steps": 2,
     "warm_start.sequences_per_step": 4,
     "trainer.steps": 2,
-    "trainer.validate_every": 1,
+    "trainer.eval_every": 1,
     "trainer.kl_every": 1,
 }
 
@@ -33,21 +32,6 @@ LONG_ANSWERS = [
     "rollout.prompts_per_step=2",
     "batching.tokens_per_microbatch=120",
 ]
-
-
-def proma(
-    *arguments: str, cwd: Path, launcher: tuple[str, ...] = (), **environment: str
-) -> subprocess.CompletedProcess[str]:
-    program = launcher or (sys.executable,)
-    return subprocess.run(
-        [*program, "-m", "proma_megatron.cli", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
 
 
 def tiny(**changes: object) -> list[str]:
@@ -124,9 +108,9 @@ def test_a_failing_reward_names_the_sample_and_loses_nothing(tmp_path: Path, con
         "    calls.append(1)\n"
         "    return float('nan') if len(calls) > 17 else 0.5\n"
     )
-    arguments = tiny(reward__function="my_reward:score", parallel__tensor=2)
-    search = f"{Path(__file__).parents[1]}:{tmp_path}"
-    done = proma("train", str(config), *arguments, cwd=tmp_path, PYTHONPATH=search)
+    # One scoring process sees every call, in order.
+    arguments = tiny(reward__function="my_reward:score", reward__workers=1, parallel__tensor=2)
+    done = proma("train", str(config), *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "sample" in done.stderr
@@ -141,13 +125,16 @@ def test_a_failing_reward_names_the_sample_and_loses_nothing(tmp_path: Path, con
 def test_a_killed_rank_is_named_rather_than_the_ranks_that_miss_it(
     tmp_path: Path, config: Path
 ) -> None:
+    # Loaded by every rank for a check; rank 0 has gone before the others know.
     (tmp_path / "broken.py").write_text(
-        "import os\ndef score(prompt, completion, reference):\n    os.kill(os.getpid(), 9)\n"
+        "import os\n"
+        "def score(prompt, completion, reference):\n"
+        "    return 0.0\n"
+        "if os.environ.get('RANK') == '0':\n"
+        "    os.kill(os.getpid(), 9)\n"
     )
-    search = f"{Path(__file__).parents[1]}:{tmp_path}"
-    # Rewards are computed on rank 0, so rank 1 sees a peer that has gone, and says so later.
     arguments = tiny(reward__function="broken:score", parallel__tensor=2)
-    done = proma("train", str(config), *arguments, cwd=tmp_path, PYTHONPATH=search)
+    done = proma("train", str(config), *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "rank 0 was ended by signal 9" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import batched
 
 import torch
 
@@ -39,6 +40,18 @@ def plan_microbatches(
         if bins is not None:
             return [bins[replica::replicas] for replica in range(replicas)]
         count += 1
+
+
+def consecutive_microbatches(
+    count: int, size: int, replicas: int = 1, multiple: int = 1
+) -> list[list[list[int]]]:
+    """Indices of ``count`` sequences cut into runs of ``size``, as `plan_microbatches` gives them.
+
+    Empty microbatches at the end fill up what replicas and ``multiple`` ask for.
+    """
+    bins = [list(found) for found in batched(range(count), size)]
+    bins += [[]] * (-len(bins) % (replicas * multiple))
+    return [bins[replica::replicas] for replica in range(replicas)]
 
 
 def _balance(lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:

@@ -28,8 +28,10 @@ from proma_megatron.config import (
     check_layout,
 )
 from proma_megatron.config_file import gradients_config, load_config
-from proma_megatron.exactness.grads import describe, run_job, workers_on
-from proma_megatron.exactness.job import GradientJob, working_folder
+from proma_megatron.exactness.grads import run_gradients_job
+from proma_megatron.exactness.job import GradientJob
+from proma_megatron.jobs import describe, workers_on
+from proma_megatron.output import working_folder
 from proma_megatron.placement import choose_device
 from proma_megatron.policy.huggingface import read_model
 from proma_megatron.projection.units import kind_of, layer_of
@@ -108,7 +110,7 @@ def _run(
         chains=chains,
         out=folder / f"{name}.safetensors",
     )
-    return json.loads(run_job(job, logs))
+    return json.loads(run_gradients_job(job, logs))
 
 
 # --------------------------------------------------------------------------- what to verify
@@ -140,7 +142,7 @@ def read_subject(source: Path, overrides: Sequence[str]) -> Subject:
 
 
 def _from_run(run: RunConfig) -> Subject:
-    from proma_megatron.rollout.tokenizer import SentencePieceTokenizer
+    from proma_megatron.rollout.source import vocabulary
 
     config = GradientsConfig(
         device=run.device,
@@ -152,10 +154,11 @@ def _from_run(run: RunConfig) -> Subject:
             timeout_minutes=run.trainer.timeout_minutes, threads=run.trainer.threads
         ),
     )
-    vocab_size = run.tokenizer.vocab_size
-    if run.tokenizer.path is not None:
-        vocab_size = SentencePieceTokenizer(run.tokenizer.path).vocab_size
-    return Subject(config, run.model, vocab_size, None)
+    weights = run.model.path if run.model.path is not None and run.model.path.is_dir() else None
+    if weights is not None:
+        found = read_model(weights, config.model)
+        return Subject(config, found.model, found.vocab_size, weights)
+    return Subject(config, run.model, vocabulary(run), None)
 
 
 def random_batch(subject: Subject) -> list[list[TrainingSequence]]:

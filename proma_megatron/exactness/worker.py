@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from safetensors.torch import save_file
 
 from proma_megatron.batching.batch_file import read_batch
 from proma_megatron.exactness.accumulate import Batch, denominator, projected_gradients
-from proma_megatron.exactness.job import SUMMARY, GradientJob, complete_or_absent
-from proma_megatron.failure import fail
-from proma_megatron.placement import choose_device
+from proma_megatron.exactness.job import GradientJob
+from proma_megatron.jobs import in_layout, serve
+from proma_megatron.output import complete_or_absent
 from proma_megatron.policy.huggingface import read_model
 from proma_megatron.policy.model import DTYPES, Policy, build_policy
 from proma_megatron.policy.parameters import fill
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.diagnostics import UnitSums
 from proma_megatron.projection.units import layer_of
-from proma_megatron.topology import Topology, layout, process_group
+from proma_megatron.topology import Topology
 
 
 def run_gradients(job: GradientJob, logs: Path | None) -> str | None:
@@ -40,18 +40,7 @@ def run_gradients(job: GradientJob, logs: Path | None) -> str | None:
     Returns:
         On rank 0 what was run and its diagnostics, as JSON.
     """
-    process = job.config.trainer
-    device_type = choose_device(job.config.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if device_type == "cpu":
-        torch.set_num_threads(process.threads)
-    with process_group(device_type, process.timeout_minutes) as device:
-        try:
-            with layout(
-                job.config.parallel, device, job.config.seed, process.timeout_minutes
-            ) as topology:
-                return _run(job, topology)
-        except BaseException as error:
-            fail(logs, error)
+    return in_layout(job.config, logs, partial(_run, job))
 
 
 def _run(job: GradientJob, topology: Topology) -> str | None:
@@ -118,11 +107,4 @@ def _place(name: str) -> tuple[bool, int, str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    path, logs = map(Path, arguments)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is for the result
-    try:
-        summary = run_gradients(GradientJob.model_validate_json(path.read_text()), logs)
-        if summary is not None:
-            (logs / SUMMARY).write_text(summary)
-    except Exception as error:
-        fail(logs, error)
+    serve(arguments, GradientJob, run_gradients)

@@ -99,9 +99,9 @@ class KeyValueCache(StaticInferenceContext):
         """Drop all rows but these (indices into the batch)."""
         self.padding = self.padding[rows]
         self.max_batch_size = len(rows)
-        self.layers = {
-            layer: (keys[:, rows], values[:, rows]) for layer, (keys, values) in self.layers.items()
-        }
+        for layer, (keys, values) in self.layers.items():
+            # One after the other: a copy of the whole cache may not fit beside it.
+            self.layers[layer] = keys[:, rows], values[:, rows]
 
 
 class CachedSelfAttention(SelfAttention):

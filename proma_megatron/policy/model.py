@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,18 +55,30 @@ class PolicyModel(GPTModel):
         return decoder_input, angles[:, 0, 0][position_ids.t()][:, :, None, :], *rest
 
 
+class Frozen(torch.nn.Module):
+    """A chunk that is only read: it stands where Megatron's DDP would, without its buffers."""
+
+    def __init__(self, module: PolicyModel) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.config = module.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
 class Policy:
     """The model chunks of this rank, wrapped in Megatron's DDP, with what is known about them."""
 
     def __init__(
         self,
-        chunks: list[DistributedDataParallel],
+        chunks: Sequence[DistributedDataParallel | Frozen],
         config: TransformerConfig,
         model: ModelConfig,
         vocab_size: int,
         topology: Topology,
     ) -> None:
-        self.chunks = chunks
+        self.chunks: list[Any] = list(chunks)
         self.config = config
         self.model = model
         self.vocab_size = vocab_size
@@ -120,11 +132,13 @@ def build_policy(
     *,
     seed: int | None,
     distributed_optimizer: bool = False,
+    frozen: bool = False,
 ) -> Policy:
     """The policy of this rank, initialized from ``seed`` alike in every layout.
 
     Args:
         seed: None leaves the weights as they come from memory, for a caller that fills them.
+        frozen: without gradients and their buffers, for a policy that is never trained.
         vocab_size: tokens of the tokenizer; the sharded tables are padded to a multiple of TP.
         max_sequence_length: longest sequence that is trained on or generated.
     """
@@ -152,6 +166,8 @@ def build_policy(
             if seed is not None:
                 initialize(chunk, model, vocab_size, topology, seed)
             chunks.append(chunk.to(topology.device))
+        if frozen:
+            return Policy([Frozen(c) for c in chunks], config, model, vocab_size, topology)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=model.dtype == "bfloat16",
             overlap_grad_reduce=False,

@@ -9,7 +9,6 @@ along the cut axis.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,8 +22,6 @@ from proma_megatron.config import ModelConfig
 
 if TYPE_CHECKING:  # the launcher reads shapes without loading Megatron
     from proma_megatron.topology import Topology
-
-GATHERED_TOGETHER = 2**26  # entries
 
 
 class Reduction(Enum):
@@ -301,55 +298,104 @@ def initialize(
     fill(parameter_shards(chunk, model, vocab_size, topology), read)
 
 
+Read = Callable[[ParameterShard], torch.Tensor]
+
+
 def gather(
     shards: Iterable[ParameterShard],
-    read: Callable[[ParameterShard], torch.Tensor],
+    read: Read,
     model: ModelConfig,
     vocab_size: int,
     topology: Topology,
 ) -> dict[str, torch.Tensor]:
-    """Unsharded tensors by Hugging Face name on the CPU of global rank 0; empty elsewhere.
+    """All of `gather_each` at once: everything on global rank 0, nothing elsewhere."""
+    return dict(gather_each(shards, read, model, vocab_size, topology))
 
-    ``read(shard)`` gives the local value: the parameter, its gradient, or an optimizer state of its
-    shape. Only ranks of the first data-parallel replica contribute.
+
+def gather_each(
+    shards: Iterable[ParameterShard],
+    read: Read,
+    model: ModelConfig,
+    vocab_size: int,
+    topology: Topology,
+    names: Iterable[str] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Unsharded tensors by Hugging Face name, one after the other, on the CPU of global rank 0.
+
+    The other ranks get none, and have to walk to the end all the same: they send their parts
+    meanwhile. Only those of the first data-parallel replica have any.
+
+    Args:
+        read: the local value of a shard: the parameter, its gradient, or an optimizer state of its
+            shape.
+        names: which tensors, in which order; None: all.
     """
-    shapes = tensor_shapes(model, vocab_size)
-    mine: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
+    holders: dict[str, ParameterShard] = {}
     if topology.data.rank == 0:
         for shard in shards:
-            if shard.reduction is not Reduction.DISJOINT and topology.tensor.rank > 0:
+            # What every tensor rank holds whole is the first one's to give.
+            if shard.reduction is Reduction.DISJOINT or topology.tensor.rank == 0:
+                for tensor in shard.tensors:
+                    if any(run.tensor == tensor and run.length for run in shard.runs):
+                        holders[tensor] = shard
+    mine = {name: _Part.of(shard, name, read(shard).dtype) for name, shard in holders.items()}
+    parts: list[Any] | None = [None] * topology.world_size if topology.is_main else None
+    dist.gather_object(mine, parts, dst=0)
+    shapes = tensor_shapes(model, vocab_size)
+    for name in shapes if names is None else names:
+        local = _entries(holders[name], name, read) if name in holders else None
+        if not topology.is_main:
+            if local is not None:
+                dist.send(local.contiguous(), dst=0)
+            continue
+        full = torch.empty(0)
+        for rank, found in enumerate(parts or ()):
+            if name not in found:
                 continue
-            value = read(shard).detach()
-            for run in shard.runs:
-                if run.length:
-                    part = value.narrow(shard.axis, run.local, run.length)
-                    mine.setdefault(run.tensor, []).append((shard.axis, run.start, part))
-    full: dict[str, torch.Tensor] = {}
-    for names in _in_groups(shapes):
-        local = [
-            # A copy: pickling a view would send the whole buffer that it looks into.
-            (name, axis, start, part.to("cpu", copy=True).contiguous())
-            for name in names
-            for axis, start, part in mine.get(name, ())
-        ]
-        pieces: list[Any] | None = [None] * topology.world_size if topology.is_main else None
-        dist.gather_object(local, pieces, dst=0)
-        for name, axis, start, part in (item for rank in pieces or () for item in rank):
-            if name not in full:
-                full[name] = torch.full(shapes[name], torch.nan, dtype=part.dtype)
-            full[name].narrow(axis, start, part.shape[axis]).copy_(part)
-    return full
+            part: _Part = found[name]
+            if rank == topology.rank:
+                assert local is not None
+                entries = local
+            else:
+                entries = torch.empty(
+                    part.shape(shapes[name]), dtype=part.dtype, device=topology.device
+                )
+                dist.recv(entries, src=rank)
+            if not full.numel():
+                full = torch.full(shapes[name], torch.nan, dtype=part.dtype)
+            at = 0
+            for start, length in part.runs:
+                full.narrow(part.axis, start, length).copy_(entries.narrow(part.axis, at, length))
+                at += length
+        yield name, full
 
 
-def _in_groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Names of tensors that are gathered together: what is in passing stays small."""
-    group: list[str] = []
-    entries = 0
-    for name, shape in shapes.items():
-        group.append(name)
-        entries += math.prod(shape)
-        if entries >= GATHERED_TOGETHER:
-            yield group
-            group, entries = [], 0
-    if group:
-        yield group
+@dataclass(frozen=True)
+class _Part:
+    """What one rank holds of a tensor."""
+
+    axis: int
+    runs: tuple[tuple[int, int], ...]  # (start, length) along the axis
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, shard: ParameterShard, tensor: str, dtype: torch.dtype) -> _Part:
+        runs = tuple((r.start, r.length) for r in shard.runs if r.tensor == tensor and r.length)
+        return cls(shard.axis, runs, dtype)
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        length = sum(length for _, length in self.runs)
+        return (*whole[: self.axis], length, *whole[self.axis + 1 :])
+
+
+def _entries(shard: ParameterShard, tensor: str, read: Read) -> torch.Tensor:
+    """This rank's entries of a tensor, its runs side by side."""
+    value = read(shard).detach()
+    return torch.cat(
+        [
+            value.narrow(shard.axis, run.local, run.length)
+            for run in shard.runs
+            if run.tensor == tensor and run.length
+        ],
+        dim=shard.axis,
+    )

@@ -11,8 +11,9 @@ import torch
 from proma_megatron.policy.model import Policy
 from proma_megatron.records import Prompt, Rollout, RolloutGroup, ScoredRollout
 from proma_megatron.rollout.generator import SamplingOptions, generate
-from proma_megatron.rollout.rewards import RewardError, RewardFunction, score
+from proma_megatron.rollout.rewards import RewardError
 from proma_megatron.rollout.sampling import noise
+from proma_megatron.rollout.scoring import Scorer
 from proma_megatron.rollout.tokenizer import Tokenizer
 from proma_megatron.topology import Topology
 
@@ -26,12 +27,18 @@ def sample_rollouts(
     *,
     seed: int,
     step: int,
+    first: int = 0,
 ) -> list[Rollout]:
-    """``samples`` rollouts of each prompt of this replica, a prompt's samples side by side."""
+    """``samples`` rollouts of each prompt of this replica, a prompt's samples side by side.
+
+    Args:
+        first: place, among the step's prompts, of the first prompt of all replicas.
+    """
     wanted = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     # A prompt's place among those of all replicas, see `share`: the same in every layout.
     axis = policy.topology.data
-    places = range(axis.rank, axis.rank + axis.size * len(prompts), axis.size)
+    start = first + axis.rank
+    places = range(start, start + axis.size * len(prompts), axis.size)
     if options.greedy:
         uniform = torch.zeros((len(wanted), 0))
     else:
@@ -43,7 +50,7 @@ def sample_rollouts(
             ]
         )
     completions = generate(
-        policy, [prompt.tokens for prompt, _ in wanted], uniform, tokenizer.eos_id, options
+        policy, [prompt.tokens for prompt, _ in wanted], uniform, tokenizer.stop_ids, options
     )
     return [
         Rollout(
@@ -61,18 +68,17 @@ def sample_rollouts(
 
 
 def score_rollouts(
-    policy: Policy, rollouts: Sequence[Rollout], reward: RewardFunction
+    topology: Topology, rollouts: Sequence[Rollout], scorer: Scorer
 ) -> list[ScoredRollout]:
-    """Rewards from one rank of each replica, so that a user's function runs once a rollout.
+    """Scores from one rank of each replica, so that a user's function runs once a rollout.
 
     Raises:
         RewardError: on every rank of every replica, if a reward failed on any of them.
     """
-    topology = policy.topology
-    outcome: list[float] | RewardError | None = None
+    outcome: list[tuple[float, float, bool]] | RewardError | None = None
     if topology.model.rank == 0:
         try:
-            outcome = [scored.reward for scored in score(rollouts, reward)]
+            outcome = [(s.reward, s.score, s.timed_out) for s in scorer.score(rollouts)]
         except RewardError as error:
             outcome = error
     outcome = topology.from_model_rank_0(outcome)
@@ -80,7 +86,9 @@ def score_rollouts(
         if other is not None:
             raise other
     assert isinstance(outcome, list)
-    return [ScoredRollout(rollout, value) for rollout, value in zip(rollouts, outcome, strict=True)]
+    return [
+        ScoredRollout(rollout, *found) for rollout, found in zip(rollouts, outcome, strict=True)
+    ]
 
 
 def share(prompts: Sequence[Prompt], topology: Topology) -> list[Prompt]:
@@ -104,6 +112,8 @@ def describe(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std(correction=0)),
+        "reward/correct": sum(s.correct for s in scored) / len(scored),
+        "reward/timeouts": float(sum(s.timed_out for s in scored)),
         "reward/equal_groups": equal / len(groups),
         "rollout/length": sum(lengths) / len(lengths),
         "rollout/truncated": sum(not s.rollout.finished for s in scored) / len(scored),

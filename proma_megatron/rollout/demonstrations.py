@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 
-from proma_megatron.records import TrainingSequence
+from proma_megatron.records import Prompt, TrainingSequence
+from proma_megatron.rollout.answers import ANSWER_MARK
 from proma_megatron.rollout.prompts import PromptSource
-from proma_megatron.rollout.tasks import ANSWER_MARK
+from proma_megatron.rollout.tokenizer import Tokenizer
+
+
+def demonstration(prompt: Prompt, solution: str, tokenizer: Tokenizer) -> TrainingSequence:
+    """Prompt, worked solution and EOS, with the loss on solution and EOS."""
+    completion = (*tokenizer.encode(solution), tokenizer.eos_id)
+    length = len(prompt.tokens) + len(completion)
+    return TrainingSequence(
+        tokens=(*prompt.tokens, *completion),
+        loss_mask=(0,) * len(prompt.tokens) + (1,) * len(completion),
+        advantage=1.0,
+        old_logprobs=(0.0,) * length,
+    )
 
 
 class Demonstrations:
-    """Supervised sequences from a stream of problems.
+    """Supervised sequences from a stream of prompts.
 
     Args:
         guesses: share of demonstrations that skip the work and state the answer of some other
@@ -19,18 +31,20 @@ class Demonstrations:
             something for RL to find out.
     """
 
-    def __init__(self, source: PromptSource, guesses: float, seed: int) -> None:
-        self._source = source
+    def __init__(
+        self, source: PromptSource, tokenizer: Tokenizer, guesses: float, seed: int
+    ) -> None:
+        self._source, self._tokenizer = source, tokenizer
         self._guesses = guesses
         self._random = random.Random(f"demonstrations/{seed}")
 
     def take(self, n: int) -> list[TrainingSequence]:
         """The next ``n`` sequences, with the loss on solution and EOS."""
-        problems = [prompt.problem for prompt in self._source.take(n)]
+        prompts = self._source.take(n)
         chosen = []
-        for problem in problems:
+        for prompt in prompts:
+            solution = prompt.problem.solution
             if self._random.random() < self._guesses:
-                guess = self._random.choice(problems).answer
-                problem = dataclasses.replace(problem, solution=f"{ANSWER_MARK} {guess}")
-            chosen.append(self._source.supervised_sequence(problem))
+                solution = f"{ANSWER_MARK} {self._random.choice(prompts).problem.answer}"
+            chosen.append(demonstration(prompt, solution, self._tokenizer))
         return chosen

@@ -33,9 +33,9 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Completion:
-    tokens: tuple[int, ...]  # with EOS if it was emitted
+    tokens: tuple[int, ...]  # with the stop token if one was emitted
     logprobs: tuple[float, ...]
-    finished: bool  # by EOS
+    finished: bool  # by a stop token
 
 
 @torch.no_grad()
@@ -43,13 +43,14 @@ def generate(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     noise: torch.Tensor,
-    eos: int,
+    stops: Sequence[int],
     options: SamplingOptions,
 ) -> list[Completion]:
     """One completion a prompt, the same on every rank of this replica.
 
     Args:
         noise: (prompts, max_new_tokens) uniform numbers; ignored when greedy.
+        stops: tokens any of which ends a completion.
     """
     if not prompts:
         return []
@@ -59,7 +60,7 @@ def generate(
     with policy.rollout_mode(), InferenceMode.active():
         for start in range(0, len(order), options.batch_size):
             batch = order[start : start + options.batch_size]
-            decoded = _decode(policy, [prompts[i] for i in batch], noise[batch], eos, options)
+            decoded = _decode(policy, [prompts[i] for i in batch], noise[batch], stops, options)
             completions.update(zip(batch, decoded, strict=True))
     return [completions[i] for i in range(len(prompts))]
 
@@ -68,7 +69,7 @@ def _decode(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     noise: torch.Tensor,
-    eos: int,
+    stops: Sequence[int],
     options: SamplingOptions,
 ) -> list[Completion]:
     device = policy.topology.device
@@ -79,6 +80,7 @@ def _decode(
         [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
     )
     noise = noise.to(device)
+    ends = torch.tensor(stops, device=device)
     active = torch.arange(len(prompts), device=device)  # rows of the cache -> prompts
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
@@ -90,7 +92,7 @@ def _decode(
         for row, token, score in zip(active.tolist(), drawn.tolist(), scores.tolist(), strict=True):
             tokens[row].append(token)
             logprobs[row].append(score)
-        done |= drawn == eos
+        done |= torch.isin(drawn, ends)
         alive = (~done).nonzero()[:, 0]
         if not len(alive):
             break
@@ -99,13 +101,14 @@ def _decode(
             cache.keep(alive)
             active, drawn, done = active[alive], drawn[alive], done[alive]
         inputs = drawn[:, None]
-    return [_cut(found, scores, eos) for found, scores in zip(tokens, logprobs, strict=True)]
+    return [_cut(found, scores, stops) for found, scores in zip(tokens, logprobs, strict=True)]
 
 
-def _cut(tokens: list[int], logprobs: list[float], eos: int) -> Completion:
-    """Up to and with the first EOS."""
-    finished = eos in tokens
-    length = tokens.index(eos) + 1 if finished else len(tokens)
+def _cut(tokens: list[int], logprobs: list[float], stops: Sequence[int]) -> Completion:
+    """Up to and with the first token that ends a completion."""
+    first = next((i for i, token in enumerate(tokens) if token in stops), None)
+    finished = first is not None
+    length = first + 1 if first is not None else len(tokens)
     return Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from proma_megatron.config import ConfigError
-from proma_megatron.records import Problem, Prompt, TrainingSequence
+from proma_megatron.config import ConfigError, PromptConfig
+from proma_megatron.records import Message, Problem, Prompt
 from proma_megatron.rollout.tokenizer import Tokenizer
 
 
-def format_prompt(question: str) -> str:
-    """The text that the policy continues.
+def format_plain(question: str) -> str:
+    """The text that the policy continues where there is no chat template.
 
     It ends in a newline, which is one token that never merges: so the ids of a prompt followed by
     those of its completion are the ids of the whole text.
@@ -19,27 +19,67 @@ def format_prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:\n"
 
 
-class PromptSource:
-    """An endless stream of prompts: every epoch is a new seeded shuffle of all problems.
+class PromptFormat:
+    """From problems to prompts: the tokenizer's chat template, or plain text.
 
     Raises:
-        ConfigError: there is no problem, or a prompt has more than ``max_prompt_tokens`` tokens.
+        ConfigError: a chat template is asked for that the tokenizer does not have.
     """
 
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        tokenizer: Tokenizer,
-        max_prompt_tokens: int,
-        seed: int,
-    ) -> None:
-        if not problems:
+    def __init__(self, config: PromptConfig, tokenizer: Tokenizer) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._chat = config.template == "chat" or (
+            config.template == "auto" and tokenizer.has_chat_template
+        )
+        if not self._chat and config.system is not None:
+            raise ConfigError(
+                f"prompt.system is {config.system!r}, but plain prompts have no system message; "
+                "leave it out, or use a tokenizer with a chat template"
+            )
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """The problem with the text and the tokens that the policy continues."""
+        text = self._text(problem)
+        ids = self._tokenizer.encode(text)
+        bos = self._tokenizer.bos_id
+        if bos is not None and not (self._chat and ids[:1] == [bos]):
+            ids = [bos, *ids]
+        return Prompt(problem, text, tuple(ids))
+
+    def _text(self, problem: Problem) -> str:
+        if self._chat:
+            return self._tokenizer.chat(self._messages(problem), self._config.thinking)
+        if len(problem.messages) > 1:
+            raise ConfigError(
+                f"problem '{problem.id}' is a chat of {len(problem.messages)} messages, which "
+                "plain prompts can't hold; use a tokenizer with a chat template"
+            )
+        return format_plain(self._instructed(problem.question))
+
+    def _messages(self, problem: Problem) -> list[Message]:
+        turns = list(problem.messages) or [Message("user", problem.question)]
+        turns[-1] = Message(turns[-1].role, self._instructed(turns[-1].content))
+        # The data's own system message goes before the configuration's.
+        if self._config.system is not None and turns[0].role != "system":
+            turns.insert(0, Message("system", self._config.system))
+        return turns
+
+    def _instructed(self, question: str) -> str:
+        return f"{question} {self._config.instruction}" if self._config.instruction else question
+
+
+def drop_long(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """The prompts of at most ``limit`` tokens, in their order."""
+    return [prompt for prompt in prompts if len(prompt.tokens) <= limit]
+
+
+class PromptSource:
+    """An endless stream of prompts: every epoch is a new seeded shuffle of all of them."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        if not prompts:
             raise ConfigError("there are no problems to make prompts of; give at least one")
-        self._tokenizer = tokenizer
-        self._max_prompt_tokens = max_prompt_tokens
-        self._seed = seed
-        # All of them now: a prompt that is too long must not surface hours into a run.
-        self._prompts = [self._prompt(problem) for problem in problems]
+        self._prompts, self._seed = list(prompts), seed
         self._epoch, self._position = 0, 0
         self._order = self._shuffle(0)
 
@@ -83,34 +123,6 @@ class PromptSource:
                 )
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = self._shuffle(self._epoch)
-
-    def supervised_sequence(self, problem: Problem) -> TrainingSequence:
-        """Prompt, worked solution and EOS, with the loss on solution and EOS.
-
-        Raises:
-            ConfigError: the prompt has more than ``max_prompt_tokens`` tokens.
-        """
-        prompt = self._prompt(problem).tokens
-        completion = (*self._tokenizer.encode(problem.solution), self._tokenizer.eos_id)
-        length = len(prompt) + len(completion)
-        return TrainingSequence(
-            tokens=(*prompt, *completion),
-            loss_mask=(0,) * len(prompt) + (1,) * len(completion),
-            advantage=1.0,
-            old_logprobs=(0.0,) * length,
-        )
-
-    def _prompt(self, problem: Problem) -> Prompt:
-        text = format_prompt(problem.question)
-        bos = self._tokenizer.bos_id
-        tokens = (*(() if bos is None else (bos,)), *self._tokenizer.encode(text))
-        if len(tokens) > self._max_prompt_tokens:
-            raise ConfigError(
-                f"the prompt of problem '{problem.id}' has {len(tokens)} tokens, more than "
-                f"rollout.max_prompt_tokens={self._max_prompt_tokens}; raise the limit to at least "
-                f"{len(tokens)}, or remove the problem"
-            )
-        return Prompt(problem, text, tokens)
 
     def _shuffle(self, epoch: int) -> list[int]:
         """The order of an epoch: a function of seed and epoch only."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from proma_megatron.config import ConfigError, RunConfig
-from proma_megatron.records import Problem
-from proma_megatron.rollout.prompts import PromptSource, format_prompt
-from proma_megatron.rollout.tasks import generate_problems, load_problems
+from proma_megatron.records import Problem, Prompt
+from proma_megatron.rollout.datasets import load_problems
+from proma_megatron.rollout.demonstrations import demonstration
+from proma_megatron.rollout.hf_tokenizer import HuggingFaceTokenizer
+from proma_megatron.rollout.prompts import PromptFormat, PromptSource, drop_long, format_plain
+from proma_megatron.rollout.rewards import check_reference
+from proma_megatron.rollout.tasks import generate_problems
 from proma_megatron.rollout.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 
 
@@ -16,8 +21,39 @@ from proma_megatron.rollout.tokenizer import SentencePieceTokenizer, Tokenizer, 
 class Data:
     tokenizer: Tokenizer
     train: PromptSource  # RL prompts
-    supervised: PromptSource  # the same problems in another order, for the warm start
-    validation: PromptSource
+    supervised: PromptSource  # the same prompts in another order, for the warm start
+    validation: tuple[Prompt, ...]
+    notes: tuple[str, ...]  # what was left out, for the user
+
+
+def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
+    """Everything that a run reads, checked.
+
+    Args:
+        trained_tokenizer: where a tokenizer is trained from the task's text if the configuration
+            names none and there is none yet.
+
+    Raises:
+        ConfigError: bad data, or nothing left of it.
+    """
+    train, validation = load_splits(config)
+    texts = (format_plain(p.question) + p.solution for p in train)
+    tokenizer = load_tokenizer(config, trained_tokenizer, texts)
+    train_prompts, train_note = make_prompts(train, "training", config, tokenizer)
+    validation_prompts, validation_note = make_prompts(validation, "validation", config, tokenizer)
+    if len(train_prompts) < config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"there are {len(train_prompts)} training problems, fewer than "
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}; add problems or take "
+            "fewer a step"
+        )
+    return Data(
+        tokenizer=tokenizer,
+        train=PromptSource(train_prompts, config.seed),
+        supervised=PromptSource(train_prompts, config.seed + 1),
+        validation=tuple(validation_prompts),
+        notes=tuple(note for note in (train_note, validation_note) if note),
+    )
 
 
 def load_splits(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
@@ -28,8 +64,11 @@ def load_splits(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
     """
     data = config.data
     if data.train_file is not None and data.validation_file is not None:
-        train, validation = load_problems(data.train_file), load_problems(data.validation_file)
-        shared = {p.question for p in train} & {p.question for p in validation}
+        train = load_problems(data.train_file, data.columns)
+        validation = load_problems(data.validation_file, data.columns)
+        # The whole of a chat: many end in the same words.
+        questions = ({(p.question, p.messages) for p in split} for split in (train, validation))
+        shared = {question for question, _ in set.intersection(*questions)}
         if shared:
             raise ConfigError(
                 f"{data.validation_file} shares {len(shared)} questions with {data.train_file}, "
@@ -43,35 +82,72 @@ def load_splits(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
     )
 
 
-def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
-    """Everything that a run reads, checked: no prompt may exceed the limit.
+def load_tokenizer(config: RunConfig, trained: Path, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of the configuration, of its model, or one trained on ``texts``.
 
     Args:
-        trained_tokenizer: where a tokenizer is trained from the task's text if the configuration
-            names none and there is none yet.
+        trained: where the latter is, or is written to.
 
     Raises:
-        ConfigError: bad data, or a prompt that is too long.
+        ConfigError: there is none, it is broken, or it has more tokens than the embedding has rows.
     """
-    train, validation = load_splits(config)
-    path = config.tokenizer.path
+    path, model = config.tokenizer.path or config.model.path, config.model.path
     if path is None:
-        path = trained_tokenizer
+        path = trained
         if not path.is_file():
-            texts = [format_prompt(p.question) + p.solution for p in train]
             train_tokenizer(texts, path, config.tokenizer.vocab_size)
-    tokenizer = SentencePieceTokenizer(path)
-    limit = config.rollout.max_prompt_tokens
-    if len(train) < config.rollout.prompts_per_step:
+    tokenizer: Tokenizer = (
+        HuggingFaceTokenizer(path, model) if path.is_dir() else SentencePieceTokenizer(path)
+    )
+    rows = config.model.vocab_size
+    if rows is not None and tokenizer.vocab_size > rows:
         raise ConfigError(
-            f"there are {len(train)} training problems, fewer than rollout.prompts_per_step="
-            f"{config.rollout.prompts_per_step}; add problems or take fewer a step"
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, but the embedding has only "
+            f"{rows} rows (model.vocab_size); give the tokenizer of this model"
         )
-    return Data(
-        tokenizer=tokenizer,
-        train=PromptSource(train, tokenizer, limit, config.seed),
-        supervised=PromptSource(train, tokenizer, limit, config.seed + 1),
-        validation=PromptSource(validation, tokenizer, limit, config.seed),
+    return tokenizer
+
+
+def vocabulary(config: RunConfig) -> int:
+    """Rows of the embedding; of a tokenizer that is yet to be trained, the most it may have."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    if config.tokenizer.path is not None:
+        return load_tokenizer(config, config.tokenizer.path, ()).vocab_size
+    return config.tokenizer.vocab_size
+
+
+def make_prompts(
+    problems: Sequence[Problem], which: str, config: RunConfig, tokenizer: Tokenizer
+) -> tuple[list[Prompt], str | None]:
+    """Prompts of these problems but for those that are too long, and a note of how many.
+
+    Raises:
+        ConfigError: every prompt is too long, or the reward function can't use a reference.
+    """
+    for problem in problems:
+        fault = check_reference(config.reward.function, problem.answer)
+        if fault is not None:
+            raise ConfigError(
+                f"problem '{problem.id}' has the reference {problem.answer!r}, {fault}"
+            )
+    form = PromptFormat(config.prompt, tokenizer)
+    prompts = [form.prompt(problem) for problem in problems]
+    limit = config.rollout.max_prompt_tokens
+    kept = drop_long(prompts, limit)
+    if not kept:
+        shortest = min(len(prompt.tokens) for prompt in prompts)
+        raise ConfigError(
+            f"all {len(prompts)} {which} prompts are longer than rollout.max_prompt_tokens="
+            f"{limit}; the shortest has {shortest} tokens, raise the limit"
+        )
+    dropped = len(prompts) - len(kept)
+    if not dropped:
+        return kept, None
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    return kept, (
+        f"dropped {dropped:,} of {len(prompts):,} {which} prompts, which are longer than "
+        f"rollout.max_prompt_tokens={limit} (the longest has {longest:,} tokens)"
     )
 
 
@@ -85,8 +161,13 @@ def check_demonstrations(config: RunConfig, data: Data) -> None:
     budget = config.batching.tokens_per_microbatch
     for prompt in data.supervised.all():
         problem = prompt.problem
-        length = len(data.supervised.supervised_sequence(problem).tokens)
-        if length > budget:
+        if not problem.solution:
+            raise ConfigError(
+                f"problem '{problem.id}' has no worked answer, which warm_start.steps="
+                f"{config.warm_start.steps} needs; give data.columns.solution, or no warm start"
+            )
+        length = len(demonstration(prompt, problem.solution, data.tokenizer).tokens)
+        if config.batching.sequences_per_microbatch is None and length > budget:
             raise ConfigError(
                 f"the worked answer of problem '{problem.id}' makes a sequence of {length} tokens, "
                 f"more than batching.tokens_per_microbatch={budget}; raise the budget or remove "

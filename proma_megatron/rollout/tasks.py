@@ -1,4 +1,4 @@
-"""Where problems come from: arithmetic word problems in GSM8K's form, built in or from a file.
+"""The built-in task: arithmetic word problems in GSM8K's form.
 
 The generator numbers every problem that a template can make, so that a problem is fully given by
 its id, and walks those numbers in a seeded order without repetition. Whether a problem belongs to
@@ -9,19 +9,16 @@ whatever the seeds and counts.
 from __future__ import annotations
 
 import hashlib
-import json
 import operator
 import random
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import permutations
-from pathlib import Path
 from typing import Literal
 
 from proma_megatron.config import ConfigError
 from proma_megatron.records import Problem
+from proma_megatron.rollout.answers import ANSWER_MARK
 
 Split = Literal["train", "validation"]
 Numbers = tuple[int, ...]
@@ -29,29 +26,6 @@ Numbers = tuple[int, ...]
 NAMES = ("Tom", "Anna", "Ben", "Lily", "Sam", "Mia", "Max", "Eva")
 ITEMS = ("apples", "books", "coins", "pens", "cards", "shells", "stamps", "eggs")
 VALIDATION_SHARE = 10  # one question of this many belongs to validation
-
-ANSWER_MARK = "####"
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
-
-
-# --------------------------------------------------------------------------- GSM8K's answers
-
-
-def parse_number(text: str) -> Decimal | None:
-    """The number that ``text`` starts with, without "$", "," and a final "."; None if it doesn't.
-
-    The number ends at the first whitespace and must be the whole of what precedes it.
-    """
-    words = text.replace("$", "").replace(",", "").split(maxsplit=1)
-    word = words[0].removesuffix(".") if words else ""
-    return Decimal(word) if _NUMBER.fullmatch(word) else None
-
-
-def final_answer(text: str) -> Decimal | None:
-    """The number after the last "####" on the same line, or None."""
-    _, mark, rest = text.rpartition(ANSWER_MARK)
-    lines = rest.splitlines()
-    return parse_number(lines[0]) if mark and lines else None
 
 
 # --------------------------------------------------------------------------- templates
@@ -261,56 +235,3 @@ def _shuffled(size: int, generator: random.Random) -> Iterator[int]:
         j = generator.randrange(i, size)
         yield moved.get(j, j)
         moved[j] = moved.pop(i, i)
-
-
-def load_problems(path: Path) -> list[Problem]:
-    """Problems of a JSONL file with GSM8K's columns ``question`` and ``answer``.
-
-    The answer text is the worked solution; the number after its last "####" is the reference.
-    Blank lines are skipped.
-
-    Raises:
-        ConfigError: the file is missing or has no problem, or a line (named) is no such object.
-    """
-    if not path.is_file():
-        raise ConfigError(f"dataset {path} does not exist; give the path of a JSONL file")
-    lines = path.read_bytes().split(b"\n")
-    problems = [
-        _parse_line(line, path, number)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not problems:
-        raise ConfigError(f"dataset {path} holds no problem; give it at least one JSON line")
-    return problems
-
-
-def _parse_line(line: bytes, path: Path, number: int) -> Problem:
-    where = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where} holds {type(row).__name__}, expected a JSON object")
-    for field in ("question", "answer"):
-        if field not in row:
-            raise ConfigError(f"{where} has no field '{field}'; its fields are {_listed(row)}")
-        if not isinstance(row[field], str):
-            raise ConfigError(f"{where} has {field}={row[field]!r}, expected a text in quotes")
-    answer = final_answer(row["answer"])
-    if answer is None:
-        raise ConfigError(
-            f"{where} has an answer without a number after '{ANSWER_MARK}'; end it in a line such "
-            f"as '{ANSWER_MARK} 42'"
-        )
-    return Problem(
-        id=f"{path.stem}-{number}",
-        question=row["question"],
-        solution=row["answer"],
-        answer=format(answer, "f"),
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "none"

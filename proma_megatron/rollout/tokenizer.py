@@ -1,21 +1,26 @@
-"""Text to token ids and back: a small interface, and SentencePiece behind it."""
+"""Text to token ids and back: a small interface, and SentencePiece behind it.
+
+Hugging Face's tokenizers are behind it in `hf_tokenizer`.
+"""
 
 from __future__ import annotations
 
 import io
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import uuid4
 
 import sentencepiece
 
 from proma_megatron.config import ConfigError
+from proma_megatron.records import Message
 
 # Byte fallback costs 256 pieces. A smaller vocabulary has none left for whole words, so it covers
 # printable ASCII and the training text's characters instead.
 BYTE_FALLBACK_FROM = 512
+SPACE = "\u2581"  # how SentencePiece writes one
 
 
 class Tokenizer(Protocol):
@@ -31,7 +36,17 @@ class Tokenizer(Protocol):
     def bos_id(self) -> int | None: ...
 
     @property
-    def eos_id(self) -> int: ...
+    def eos_id(self) -> int:
+        """The token that ends a worked answer."""
+        ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion; ``eos_id`` is the first."""
+        ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without BOS and EOS."""
@@ -39,6 +54,14 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; special tokens give nothing."""
+        ...
+
+    def chat(self, messages: Sequence[Message], thinking: bool) -> str:
+        """The chat template's text of these messages, up to where the answer begins.
+
+        Raises:
+            ConfigError: there is no template, or it refuses these messages.
+        """
         ...
 
 
@@ -90,6 +113,14 @@ class SentencePieceTokenizer:
     def eos_id(self) -> int:
         return self._processor.eos_id()
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return False
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without BOS and EOS."""
         return self._processor.EncodeAsIds(text)
@@ -101,6 +132,28 @@ class SentencePieceTokenizer:
             IndexError: an id is not below ``vocab_size``.
         """
         return self._processor.DecodeIds(list(ids))
+
+    def chat(self, messages: Sequence[Message], thinking: bool) -> str:
+        raise ConfigError(
+            "prompt.template is 'chat', but a SentencePiece model has no chat template; use 'plain'"
+        )
+
+    def transformers_settings(self) -> dict[str, Any]:
+        """``tokenizer_config.json`` of a directory that holds this model as tokenizer.model."""
+        processor = self._processor
+        special = {
+            "bos_token": processor.bos_id(),
+            "eos_token": processor.eos_id(),
+            "unk_token": processor.unk_id(),
+            "pad_token": processor.pad_id(),
+        }
+        return {
+            "tokenizer_class": "LlamaTokenizer",  # transformers' reader of SentencePiece models
+            "add_bos_token": self.bos_id is not None,
+            "add_eos_token": False,
+            "add_prefix_space": processor.EncodeAsPieces("a")[0].startswith(SPACE),
+            "legacy": False,
+        } | {name: processor.IdToPiece(i) for name, i in special.items() if i >= 0}
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> SentencePieceTokenizer:

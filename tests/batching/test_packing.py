@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proma_megatron.batching.packing import loss_tokens, pack, plan_microbatches
+from proma_megatron.batching.packing import (
+    consecutive_microbatches,
+    loss_tokens,
+    pack,
+    plan_microbatches,
+)
 from proma_megatron.records import TrainingSequence
 
 CPU = torch.device("cpu")
@@ -211,3 +216,18 @@ def test_a_record_of_uneven_tuples_is_refused_by_field(name: str) -> None:
     }
     with pytest.raises(ValueError, match=f"{name} has 2 entries, expected 3"):
         TrainingSequence(**{**fields, name: fields[name][:2]})
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 3), st.integers(1, 2))
+def test_consecutive_microbatches_keep_the_order_and_the_replicas_in_step(
+    count: int, size: int, replicas: int, multiple: int
+) -> None:
+    plan = consecutive_microbatches(count, size, replicas, multiple)
+    assert len(plan) == replicas
+    (each,) = {len(bins) for bins in plan}
+    assert each % multiple == 0
+    in_order = [plan[i % replicas][i // replicas] for i in range(replicas * each)]
+    assert [index for found in in_order for index in found] == list(range(count))
+    full = [found for found in in_order if found]
+    assert all(len(found) == size for found in full[:-1])
+    assert len(in_order) - len(full) < replicas * multiple

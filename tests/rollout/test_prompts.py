@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proma_megatron.config import ConfigError
-from proma_megatron.records import Problem, Prompt
-from proma_megatron.rollout.prompts import PromptSource, format_prompt
+from proma_megatron.config import ConfigError, PromptConfig
+from proma_megatron.records import Message, Problem, Prompt
+from proma_megatron.rollout.prompts import PromptFormat, PromptSource, drop_long, format_plain
 from proma_megatron.rollout.tasks import generate_problems
 from proma_megatron.rollout.tokenizer import SentencePieceTokenizer, train_tokenizer
 
@@ -19,14 +20,15 @@ PROBLEMS = generate_problems("train", 60, seed=0)
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
-    texts = [format_prompt(problem.question) + problem.solution for problem in PROBLEMS]
+    texts = [format_plain(problem.question) + problem.solution for problem in PROBLEMS]
     return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", 320)
 
 
 class Characters:
     """A tokenizer of code points, without BOS: fast and obvious."""
 
-    vocab_size, pad_id, bos_id, eos_id = 128, 0, None, 1
+    vocab_size, pad_id, bos_id, eos_id, stop_ids = 128, 0, None, 1, (1,)
+    has_chat_template = False
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
@@ -34,9 +36,15 @@ class Characters:
     def decode(self, ids: object) -> str:
         raise NotImplementedError
 
+    def chat(self, messages: Sequence[Message], thinking: bool) -> str:
+        raise ConfigError("no chat template")
+
+
+FORM = PromptFormat(PromptConfig(), Characters())
+
 
 def source(size: int, seed: int = 0) -> PromptSource:
-    return PromptSource(PROBLEMS[:size], Characters(), 500, seed)
+    return PromptSource([FORM.prompt(problem) for problem in PROBLEMS[:size]], seed)
 
 
 def ids(prompts: list[Prompt]) -> list[str]:
@@ -91,58 +99,97 @@ def test_a_state_of_another_stream_is_refused(other: PromptSource, message: str)
 
 
 def test_prompt_tokens_are_bos_and_the_text(tokenizer: SentencePieceTokenizer) -> None:
-    for prompt in PromptSource(PROBLEMS, tokenizer, 96, 0).take(60):
+    form = PromptFormat(PromptConfig(), tokenizer)
+    for prompt in PromptSource([form.prompt(problem) for problem in PROBLEMS], 0).take(60):
         assert prompt.tokens[0] == tokenizer.bos_id
         assert tokenizer.decode(prompt.tokens) == prompt.text
         assert prompt.problem.question in prompt.text
         assert prompt.problem.answer not in prompt.text.replace(prompt.problem.question, "")
-    assert source(1).take(1)[0].tokens == tuple(map(ord, format_prompt(PROBLEMS[0].question)))
+    assert source(1).take(1)[0].tokens == tuple(map(ord, format_plain(PROBLEMS[0].question)))
 
 
-def test_a_prompt_that_is_too_long_is_refused_when_the_source_is_built() -> None:
-    longest = max(PROBLEMS, key=lambda problem: len(problem.question))
-    length = len(format_prompt(longest.question))
-    PromptSource(PROBLEMS, Characters(), length, 0)
-    with pytest.raises(ConfigError) as error:
-        PromptSource([longest], Characters(), length - 1, 0)
-    message = str(error.value)
-    assert f"'{longest.id}' has {length} tokens" in message
-    assert f"max_prompt_tokens={length - 1}" in message
-    assert f"raise the limit to at least {length}" in message
+def test_long_prompts_are_dropped_and_the_rest_stays_in_order() -> None:
+    prompts = [FORM.prompt(problem) for problem in PROBLEMS]
+    lengths = sorted(len(prompt.tokens) for prompt in prompts)
+    limit = lengths[20]
+    kept = drop_long(prompts, limit)
+    assert [p for p in prompts if len(p.tokens) <= limit] == kept
+    assert 20 < len(kept) < 60
+    assert drop_long(prompts, lengths[-1]) == prompts
 
 
 def test_no_problems_are_refused() -> None:
     with pytest.raises(ConfigError, match="no problems"):
-        PromptSource([], Characters(), 10, 0)
+        PromptSource([], 0)
 
 
-def test_supervised_sequence_trains_on_solution_and_eos_only(
-    tokenizer: SentencePieceTokenizer,
+# --------------------------------------------------------------------------- forms
+
+
+class Chat(Characters):
+    """Code points, with a chat template that shows what it was given."""
+
+    has_chat_template = True
+
+    def chat(self, messages: Sequence[Message], thinking: bool) -> str:
+        turns = "".join(f"[{m.role}|{m.content}]" for m in messages)
+        return f"{turns}[assistant|{'think' if thinking else ''}"
+
+
+def text(problem: Problem, tokenizer: Characters, **config: object) -> str:
+    return PromptFormat(PromptConfig.model_validate(config), tokenizer).prompt(problem).text
+
+
+QUESTION = Problem("q", "How many?", "", "1")
+DIALOGUE = Problem(
+    "d", "And now?", "", "1", (Message("system", "Be brief."), Message("user", "And now?"))
+)
+
+
+@pytest.mark.parametrize(
+    ("problem", "tokenizer", "config", "expected"),
+    [
+        (QUESTION, Characters(), {}, "Question: How many?\nAnswer:\n"),
+        (
+            QUESTION,
+            Characters(),
+            {"instruction": "Think."},
+            "Question: How many? Think.\nAnswer:\n",
+        ),
+        (QUESTION, Chat(), {"template": "plain"}, "Question: How many?\nAnswer:\n"),
+        (QUESTION, Chat(), {}, "[user|How many?][assistant|"),
+        (QUESTION, Chat(), {"thinking": True}, "[user|How many?][assistant|think"),
+        (
+            QUESTION,
+            Chat(),
+            {"system": "Be kind.", "instruction": "Think."},
+            "[system|Be kind.][user|How many? Think.][assistant|",
+        ),
+        # The data's own system message goes before the configuration's.
+        (
+            DIALOGUE,
+            Chat(),
+            {"system": "Be kind.", "instruction": "Think."},
+            "[system|Be brief.][user|And now? Think.][assistant|",
+        ),
+    ],
+)
+def test_a_problem_becomes_this_text(
+    problem: Problem, tokenizer: Characters, config: dict[str, object], expected: str
 ) -> None:
-    prompts = PromptSource(PROBLEMS, tokenizer, 96, 0)
-    for prompt in prompts.take(60):
-        sequence = prompts.supervised_sequence(prompt.problem)
-        masked = [t for t, m in zip(sequence.tokens, sequence.loss_mask, strict=True) if not m]
-        learned = [t for t, m in zip(sequence.tokens, sequence.loss_mask, strict=True) if m]
-        assert tuple(masked) == prompt.tokens == sequence.tokens[: len(masked)]
-        assert learned[-1] == tokenizer.eos_id
-        assert tokenizer.decode(learned[:-1]) == prompt.problem.solution
-        assert sequence.loss_tokens == len(learned)
-        assert sequence.advantage == 1.0
-        assert not any(sequence.old_logprobs)
+    assert text(problem, tokenizer, **config) == expected
 
 
-def test_supervised_tokens_are_those_of_the_whole_text(tokenizer: SentencePieceTokenizer) -> None:
-    prompts = PromptSource(PROBLEMS, tokenizer, 96, 0)
-    # The generator's solutions start with a digit, which never merges; one from a file may not.
-    for problem in [*PROBLEMS, Problem("x", "How many?", "apples: 1\n#### 1", "1")]:
-        whole = tokenizer.encode(format_prompt(problem.question) + problem.solution)
-        _, *tokens, _ = prompts.supervised_sequence(problem).tokens
-        assert tokens == whole
-
-
-def test_taking_prompts_does_not_move_with_supervised_sequences() -> None:
-    prompts = source(60)
-    before = prompts.state()
-    prompts.supervised_sequence(Problem("x", "q", "#### 1", "1"))
-    assert prompts.state() == before
+@pytest.mark.parametrize(
+    ("problem", "config", "part"),
+    [
+        (QUESTION, {"template": "chat"}, "no chat template"),
+        (QUESTION, {"system": "Be kind."}, "prompt.system is 'Be kind.'"),
+        (DIALOGUE, {}, "problem 'd' is a chat of 2 messages"),
+    ],
+)
+def test_a_form_that_the_tokenizer_does_not_have_is_refused(
+    problem: Problem, config: dict[str, object], part: str
+) -> None:
+    with pytest.raises(ConfigError, match=part):
+        text(problem, Characters(), **config)

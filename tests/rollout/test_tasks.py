@@ -1,27 +1,19 @@
-"""Built-in problems are correct, distinct and split without overlap; files are read strictly."""
+"""Built-in problems are correct, distinct and split without overlap; answers are numbers."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proma_megatron.config import ConfigError
 from proma_megatron.records import Problem
 from proma_megatron.rollout import tasks
-from proma_megatron.rollout.tasks import (
-    TEMPLATES,
-    final_answer,
-    generate_problems,
-    load_problems,
-    parse_number,
-)
+from proma_megatron.rollout.answers import final_answer, parse_number
+from proma_megatron.rollout.tasks import TEMPLATES, generate_problems
 
 STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 
@@ -117,6 +109,23 @@ def test_shuffled_is_a_permutation(size: int, seed: int) -> None:
     assert sorted(order) == list(range(size))
 
 
+@pytest.mark.parametrize(("largest", "steps"), [(9, 1), (9, 2), (12, 1), (20, 2)])
+def test_difficulty_bounds_numbers_and_steps(largest: int, steps: int) -> None:
+    problems = generate_problems("train", 500, 0, largest=largest, steps=steps)
+    for problem in problems:
+        numbers = [int(n) for n in re.findall(r"\d+", problem.question)]
+        assert max(numbers) <= largest
+        assert len(problem.solution.splitlines()) - 1 <= steps
+    assert max(len(p.solution.splitlines()) - 1 for p in problems) == steps
+
+
+def test_difficulty_leaves_ids_their_meaning() -> None:
+    easy = {p.id: p.question for p in generate_problems("train", 2000, 0, largest=9, steps=1)}
+    hard = {p.id: p.question for p in generate_problems("train", 100_000, 0)}
+    assert set(easy) & set(hard)
+    assert all(hard[key] == easy[key] for key in set(easy) & set(hard))
+
+
 # --------------------------------------------------------------------------- answers
 
 
@@ -154,79 +163,3 @@ def test_thousands_separators_do_not_matter(number: Decimal) -> None:
 def test_any_text_has_a_final_answer_or_none(text: str) -> None:
     answer = final_answer("####" + text)
     assert answer is None or answer.is_finite()
-
-
-# --------------------------------------------------------------------------- files
-
-
-def test_load_problems_reads_gsm8k_columns(tmp_path: Path) -> None:
-    rows = [
-        {"question": "How many?", "answer": "40 + 2 = 42\n#### 42"},
-        {"question": "And\u2028how much?", "answer": "#### 3 or\n#### $1,000.", "extra": 1},
-    ]
-    path = tmp_path / "gsm.jsonl"
-    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
-    first, second = load_problems(path)
-    assert (first.question, first.solution, first.answer) == (*rows[0].values(), "42")
-    assert (second.id, second.answer) == ("gsm-3", "1000")
-    assert second.question == rows[1]["question"]
-
-
-GOOD = json.dumps({"question": "q", "answer": "#### 1"})
-
-
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        ("{", "is not valid JSON"),
-        ("[1]", "holds list"),
-        ('{"answer": "#### 1"}', "has no field 'question'; its fields are 'answer'"),
-        ('{"question": "q"}', "has no field 'answer'"),
-        ('{"question": 1, "answer": "#### 1"}', "has question=1, expected a text"),
-        ('{"question": "q", "answer": "1"}', "has an answer without a number after '####'"),
-        ('{"question": "q", "answer": "#### one"}', "has an answer without a number after '####'"),
-    ],
-)
-def test_load_problems_names_file_and_line(tmp_path: Path, bad: str, reason: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(f"{GOOD}\n\n{bad}\n{GOOD}\n")
-    with pytest.raises(ConfigError) as error:
-        load_problems(path)
-    assert f"{path}, line 3 {reason}" in str(error.value)
-
-
-def test_load_problems_refuses_invalid_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes(GOOD.encode() + b"\n\xff\xfe\xfd\n")
-    with pytest.raises(ConfigError, match="line 2 is not valid JSON"):
-        load_problems(path)
-
-
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_load_problems_refuses_an_empty_dataset(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "empty.jsonl"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match="holds no problem"):
-        load_problems(path)
-
-
-def test_load_problems_refuses_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist"):
-        load_problems(tmp_path / "none.jsonl")
-
-
-@pytest.mark.parametrize(("largest", "steps"), [(9, 1), (9, 2), (12, 1), (20, 2)])
-def test_difficulty_bounds_numbers_and_steps(largest: int, steps: int) -> None:
-    problems = generate_problems("train", 500, 0, largest=largest, steps=steps)
-    for problem in problems:
-        numbers = [int(n) for n in re.findall(r"\d+", problem.question)]
-        assert max(numbers) <= largest
-        assert len(problem.solution.splitlines()) - 1 <= steps
-    assert max(len(p.solution.splitlines()) - 1 for p in problems) == steps
-
-
-def test_difficulty_leaves_ids_their_meaning() -> None:
-    easy = {p.id: p.question for p in generate_problems("train", 2000, 0, largest=9, steps=1)}
-    hard = {p.id: p.question for p in generate_problems("train", 100_000, 0)}
-    assert set(easy) & set(hard)
-    assert all(hard[key] == easy[key] for key in set(easy) & set(hard))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proma_megatron.config import ConfigError
-from proma_megatron.rollout.prompts import format_prompt
+from proma_megatron.rollout.prompts import format_plain
 from proma_megatron.rollout.tasks import generate_problems
 from proma_megatron.rollout.tokenizer import (
     BYTE_FALLBACK_FROM,
@@ -24,7 +24,7 @@ SPACE_MARK = "\u2581"
 
 def task_texts(count: int, seed: int = 0) -> list[str]:
     problems = generate_problems("train", count, seed)
-    return [format_prompt(problem.question) + problem.solution for problem in problems]
+    return [format_plain(problem.question) + problem.solution for problem in problems]
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def generations(
             rows = list(case.rows)
             with _watched(case.keep_fraction) as decoding:
                 completions = generate(
-                    policy, [prompts[i] for i in rows], noise[rows], case.eos, case.options
+                    policy, [prompts[i] for i in rows], noise[rows], [case.eos], case.options
                 )
             found.append(Decoded(completions, decoding))
         return found
@@ -101,7 +101,7 @@ def sampled_and_trained_logprobs(
     """The generator's log-probabilities, and the training forward's of the same tokens."""
     with layout(parallel, device, SEED) as topology:
         policy = build_policy(model, vocab_size, 64, topology, seed=SEED)
-        completions = generate(policy, prompts, noise, NO_EOS, options)
+        completions = generate(policy, prompts, noise, [NO_EOS], options)
         microbatches = _microbatches(prompts, completions, policy)
         after = evaluate_logprobs(policy, microbatches, options.temperature)
         fresh = build_policy(model, vocab_size, 64, topology, seed=SEED)
@@ -132,7 +132,7 @@ def gradients_around_a_rollout(
             build_policy(model, vocab_size, 64, topology, seed=SEED),
             prompts,
             noise,
-            NO_EOS,
+            [NO_EOS],
             options,
         )
         policy = build_policy(model, vocab_size, 64, topology, seed=SEED)
@@ -150,7 +150,7 @@ def gradients_around_a_rollout(
             return {name: value.clone() for name, value in full.items()}
 
         before = gradients()
-        generate(policy, prompts, noise, NO_EOS, options)
+        generate(policy, prompts, noise, [NO_EOS], options)
         return before, gradients()
 
 

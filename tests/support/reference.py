@@ -67,16 +67,21 @@ def huggingface_model(model: ModelConfig, seed: int) -> PreTrainedModel:
     else:
         assert model.head_dim * model.heads == model.hidden_size, "Qwen2 derives head_dim"
         network = Qwen2ForCausalLM(Qwen2Config(**options))
-    network = network.double()
-    for module in network.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_norm, module)
+    network = in_float64(network)
     weights = random_weights(model, seed)
     parameters = dict(network.named_parameters())
     assert parameters.keys() == weights.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+    return network
+
+
+def in_float64(network: PreTrainedModel) -> PreTrainedModel:
+    """Hugging Face's model with float64 weights and norms that don't round to float32."""
+    for module in network.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_norm, module)
     return network
 
 

@@ -91,20 +91,25 @@ def initial_weights(
 
 
 def bytes_gathered(device: torch.device, model: ModelConfig) -> tuple[int, int]:
-    """Bytes that `gather` sends of the gradient buffer, and those of the gradients themselves."""
-    with layout(ParallelConfig(), device, 0) as topology:
+    """Bytes that this rank sends of its gradients, in tensors and in all, over two stages."""
+    with layout(ParallelConfig(pipeline=2), device, 0) as topology:
         policy = build_policy(model, VOCAB, 64, topology, seed=0)
-        sent = 0
-        original = dist.gather_object
+        tensors = objects = 0
+        send, gather_object = dist.send, dist.gather_object
 
-        def counting(local: object, *args: Any, **kwargs: Any) -> None:
-            nonlocal sent
-            sent += len(pickle.dumps(local))
-            original(local, *args, **kwargs)
+        def counting_send(value: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            nonlocal tensors
+            tensors += value.untyped_storage().nbytes()
+            send(value, *args, **kwargs)
 
-        dist.gather_object = counting
+        def counting_gather(local: object, *args: Any, **kwargs: Any) -> None:
+            nonlocal objects
+            objects += len(pickle.dumps(local))
+            gather_object(local, *args, **kwargs)
+
+        dist.send, dist.gather_object = counting_send, counting_gather
         try:
-            full = gather(
+            gather(
                 policy.shards,
                 lambda shard: shard.parameter.main_grad,  # type: ignore[attr-defined]
                 model,
@@ -112,5 +117,5 @@ def bytes_gathered(device: torch.device, model: ModelConfig) -> tuple[int, int]:
                 topology,
             )
         finally:
-            dist.gather_object = original
-        return sent, sum(value.nbytes for value in full.values())
+            dist.send, dist.gather_object = send, gather_object
+        return tensors, tensors + objects

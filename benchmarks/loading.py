@@ -1,0 +1,130 @@
+"""Peak host memory of reading Hugging Face weights into the shards of a layout.
+
+    uv run python benchmarks/loading.py --tensor 2 --pipeline 2
+
+Writes a random Qwen3 directory in bfloat16, reads it on the CPU in every rank of the layout, and
+prints for each rank the largest private memory (RssAnon) while it was built and filled, above that
+of the process before, next to what the issue allows: the rank's own shard plus one tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from proma_megatron.config import ParallelConfig, RunConfig, Section
+from proma_megatron.config_file import validate_config
+from proma_megatron.jobs import in_layout, run_job, serve
+
+
+class LoadingJob(Section):
+    config: RunConfig
+
+
+def private_bytes() -> int:
+    """Memory of this process that is backed by no file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class Peak(threading.Thread):
+    """Samples `private_bytes` until it is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.largest, self._stopped = private_bytes(), threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            self.largest = max(self.largest, private_bytes())
+            time.sleep(0.001)
+
+    def stop(self) -> int:
+        self._stopped.set()
+        self.join()
+        return self.largest
+
+
+def measure(job: LoadingJob, logs: Path | None) -> str | None:
+    import torch.distributed as dist
+
+    from proma_megatron.checkpoint import load_policy
+    from proma_megatron.policy.parameters import tensor_shapes
+    from proma_megatron.topology import Topology
+
+    def on_rank(topology: Topology) -> str | None:
+        before, peak = private_bytes(), Peak()
+        peak.start()
+        policy = load_policy(job.config, 0, None, topology)
+        found = {
+            "rank": topology.rank,
+            "shard": sum(s.parameter.nbytes for s in policy.shards),
+            "tensor": max(
+                2 * math.prod(shape)
+                for shape in tensor_shapes(policy.model, policy.vocab_size).values()
+            ),
+            "peak": peak.stop() - before,
+        }
+        everyone: list[object] = [None] * topology.world_size
+        dist.all_gather_object(everyone, found)
+        return json.dumps(everyone) if topology.is_main else None
+
+    return in_layout(job.config, logs, on_rank)
+
+
+def main(arguments: Sequence[str]) -> None:
+    serve(arguments, LoadingJob, measure)
+
+
+def write_model(path: Path, hidden: int, layers: int, vocabulary: int) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        head_dim=64,
+        tie_word_embeddings=False,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    Qwen3ForCausalLM(shape).save_pretrained(path, max_shard_size="200MB")
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tensor", type=int, default=2)
+    parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=50_000)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_model(model, chosen.hidden, chosen.layers, chosen.vocabulary)
+        parallel = ParallelConfig(tensor=chosen.tensor, pipeline=chosen.pipeline)
+        tree = {"name": "loading", "device": "cpu", "model": {"path": model, "dtype": "bfloat16"}}
+        config = validate_config({**tree, "parallel": parallel.model_dump()})
+        job = LoadingJob(config=config)
+        # The ranks import this file.
+        search = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, search))
+        rows = json.loads(run_job("loading", job, config, Path(folder), "loading"))
+    print(f"{'rank':>4} {'shard':>10} {'tensor':>10} {'allowed':>10} {'peak':>10}   (MiB)")
+    for row in rows:
+        figures = (row["shard"], row["tensor"], row["shard"] + row["tensor"], row["peak"])
+        print(f"{row['rank']:>4}" + "".join(f" {value / 2**20:>10.1f}" for value in figures))
+
+
+if __name__ == "__main__":
+    run()

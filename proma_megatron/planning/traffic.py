@@ -1,0 +1,195 @@
+"""Bytes that a rank sends in one RL step, by purpose.
+
+Collectives are counted as rings: over n ranks an all-reduce of B bytes sends 2 (n - 1) / n B a
+rank, and an all-gather or a reduce-scatter of B bytes in all (n - 1) / n B. Every microbatch has
+its full size and every completion its full length. Left out: the warm start, evaluation,
+checkpoints, metrics and other scalars.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proma_megatron.config import RunConfig
+from proma_megatron.planning.counts import Counts
+from proma_megatron.planning.resident import Resident
+from proma_megatron.planning.shapes import EMBEDDING, HEAD, Local, Stage
+from proma_megatron.planning.sizes import Sizes
+from proma_megatron.planning.workspace import is_projected
+from proma_megatron.policy.parameters import Share
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes sent by one rank of a stage in one RL step."""
+
+    tensor: int  # activations and their gradients, over TP, in training
+    pipeline: int  # the same between stages
+    data: int  # gradients over replicas, and weights of a distributed optimizer
+    tied: int  # gradients of a table that first and last stage share
+    small_gradients: int  # norms that every tensor rank holds, added over TP
+    projection: int  # K, c and short vectors over TP
+    tied_projection: int  # per-token gradients of a tied embedding, first to last stage
+    kl: int  # the forward passes that measure KL to the initial policy, by the step
+    rollout: int  # hidden states and logits while completions are sampled
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def traffic(
+    config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts, resident: Resident
+) -> Traffic:
+    """What a rank of this stage sends."""
+    microbatches, steps = counts.microbatches, counts.minibatches
+    ends = _Ends(config, stage)
+    forward, backward = _tensor(config, stage, sizes)
+    recomputed = 2 if config.model.recompute == "full" else 1
+    backward += (recomputed - 1) * _layers_forward(config, stage, sizes)
+    passes = microbatches * steps
+    every = config.trainer.kl_every
+    kl = (forward + sizes.stream * ends.sent_forward) * passes // every if every else 0
+    return Traffic(
+        tensor=(forward + backward) * passes,
+        pipeline=sizes.stream * (ends.sent_forward + ends.sent_backward) * passes,
+        data=_data(config, resident) * steps,
+        tied=_tied(config, stage, sizes) * steps,
+        small_gradients=_small(config, stage, sizes) * steps,
+        projection=_projection(config, stage, sizes) * max(0, microbatches - 1) * steps,
+        tied_projection=_tied_projection(config, stage, sizes) * passes,
+        kl=kl,
+        rollout=_rollout(config, stage, sizes, counts),
+    )
+
+
+def all_reduce(size: int, ranks: int) -> int:
+    """Bytes that a rank sends to add up ``size`` bytes over a ring."""
+    return 2 * (ranks - 1) * size // ranks
+
+
+def gather(size: int, ranks: int) -> int:
+    """Bytes that a rank sends to gather, or to reduce and scatter, ``size`` bytes in all."""
+    return (ranks - 1) * size // ranks
+
+
+class _Ends:
+    """How many times a stage sends hidden states on, and gradients back, for one microbatch."""
+
+    def __init__(self, config: RunConfig, stage: Stage) -> None:
+        chunks = len(stage.chunks) if config.parallel.pipeline > 1 else 0
+        self.sent_forward = chunks - (1 if chunks and stage.last else 0)
+        self.sent_backward = chunks - (1 if chunks and stage.first else 0)
+
+
+def _layers_forward(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
+    """One microbatch through all layers of a stage: two row-parallel sums a layer.
+
+    Under sequence parallelism each is a reduce-scatter, with a gather before the next linear layer,
+    which is the same number of bytes.
+    """
+    n = sizes.tensor
+    layer = 2 * all_reduce(sizes.gathered, n)
+    if config.model.kv_heads < n:
+        layer += gather(sizes.tokens * sizes.qkv_kept * sizes.precision.compute, n)
+    return stage.layers * layer
+
+
+def _tensor(config: RunConfig, stage: Stage, sizes: Sizes) -> tuple[int, int]:
+    """Forward and backward of one microbatch."""
+    n, hidden = sizes.tensor, sizes.gathered
+    forward = backward = _layers_forward(config, stage, sizes)
+    if config.parallel.sequence:
+        # Backward gathers the inputs of the two column-parallel layers once more.
+        backward += stage.layers * 2 * gather(hidden, n)
+    if stage.first:
+        sharded = config.parallel.sequence
+        forward += gather(hidden, n) if sharded else all_reduce(hidden, n)
+        backward += gather(hidden, n) if sharded else 0
+    if stage.last:
+        if config.parallel.sequence:
+            forward += gather(hidden, n)
+            backward += 2 * gather(hidden, n)
+        else:
+            backward += all_reduce(hidden, n)
+        # The largest logit, the normalizer, the label's logit and the entropy's sum of each token.
+        forward += all_reduce(4 * sizes.tokens * sizes.precision.wide, n)
+    return forward, backward
+
+
+def _data(config: RunConfig, resident: Resident) -> int:
+    replicas = config.parallel.data or 1
+    if config.optimizer.distributed:
+        return gather(resident.main_gradients, replicas) + gather(resident.weights, replicas)
+    return all_reduce(resident.main_gradients, replicas)
+
+
+def _tied(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
+    shared = [found for found in stage.parameters if found.shared]
+    return sum(all_reduce(found.count * sizes.precision.gradient, 2) for found in shared)
+
+
+def _small(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
+    entries = sum(p.count for p in stage.parameters if _partial(config, p))
+    return all_reduce(entries * sizes.precision.gradient, sizes.tensor)
+
+
+def _partial(config: RunConfig, parameter: Local) -> bool:
+    """Whether Megatron adds this gradient up over TP: `Reduction.PARTIAL`."""
+    share = parameter.row.share
+    return share is Share.HEADS or (share is Share.TOKENS and config.parallel.sequence)
+
+
+def projection_numbers(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
+    """float64 numbers that one microbatch's solves add up over TP on a rank.
+
+    Of a weight K (k, k), c (k,) and |A|^2 for every unit; of a norm or bias, G (k, n) and A (n,).
+    """
+    if sizes.tensor == 1:
+        return 0
+    k, total = sizes.sequences, 0
+    separate = config.projection.unit == "huggingface"
+    tied = config.model.tie_embeddings
+    for parameter in stage.parameters:
+        if not is_projected(parameter, config):
+            continue
+        if parameter.name == EMBEDDING and tied and config.parallel.pipeline > 1:
+            continue  # accumulated on the last stage
+        units = len(parameter.row.tensors) if separate else 1
+        if len(parameter.shape) == 2:
+            total += units * (k * k + k + 1)
+        elif parameter.row.share is Share.ENTRIES:
+            total += units * (k + 1) * parameter.count * sizes.tensor
+        elif _partial(config, parameter):
+            total += (k + 1) * parameter.count
+    return total
+
+
+def _projection(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
+    if not config.projects:
+        return 0
+    return all_reduce(8 * projection_numbers(config, stage, sizes), sizes.tensor)
+
+
+def _tied_projection(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
+    over_stages = config.parallel.pipeline > 1 and stage.find(HEAD) is None and stage.first
+    tied = config.model.tie_embeddings and config.projects
+    return sizes.gathered if tied and over_stages else 0
+
+
+def _rollout(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> int:
+    """Prompts once, then one token at a time; without sequence parallelism."""
+    n, e = sizes.tensor, sizes.precision.compute
+    sequences = counts.sequences // (config.parallel.data or 1)
+    new = config.rollout.max_new_tokens
+    tokens = sequences * (config.rollout.max_prompt_tokens + new - 1)
+    hidden = tokens * sizes.hidden * e
+    sums = 2 * stage.layers + (1 if stage.first else 0)
+    total = sums * all_reduce(hidden, n)
+    if config.model.kv_heads < n:
+        total += stage.layers * gather(tokens * sizes.qkv_kept * e, n)
+    total += hidden * _Ends(config, stage).sent_forward
+    if stage.last:
+        total += gather(sequences * new * sizes.vocab * n * e, n)
+        total += 16 * sequences * new if config.parallel.model_size > 1 else 0  # token, probability
+    return total

@@ -1,0 +1,301 @@
+"""The fullest moments of a stage's forward and backward pass over microbatches of full size.
+
+Every `Moment` is one point of the pass through the deepest layer of the stage, where everything
+that was kept for backward is still there: it lists what is kept, what backward has freed since, and
+what it holds in passing. A stage's peak is the largest of them. Of tensors that live through a
+whole pass only those that grow with tokens or vocabulary are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from proma_megatron.config import RunConfig
+from proma_megatron.planning.activations import kept_by_layer, norm_backward, norm_kept
+from proma_megatron.planning.counts import Counts
+from proma_megatron.planning.shapes import EMBEDDING, HEAD, Local, Stage
+from proma_megatron.planning.sizes import Sizes
+from proma_megatron.planning.workspace import Group, is_projected, lookup_workspace
+
+LOSS_CHUNK = 4096  # tokens whose wide logits exist at one time: CHUNK of policy/logprobs.py
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes at one point of a step, beyond what is resident."""
+
+    name: str
+    activations: int = 0
+    logits: int = 0
+    workspace: int = 0
+    kv_cache: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits + self.workspace + self.kv_cache
+
+
+def in_flight(config: RunConfig, counts: Counts, stage: int) -> int:
+    """Forward passes of a model chunk that wait for their backward at the same time, at most.
+
+    1F1B warms up with one forward pass a later stage; interleaved, with two, and with a pass of
+    every earlier chunk for as many microbatches as there are stages.
+    """
+    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
+    if virtual is None:
+        return min(pipeline - stage, counts.microbatches)
+    warm_up = 2 * (pipeline - stage - 1) + (virtual - 1) * pipeline
+    return min(warm_up + 1, counts.microbatches * virtual)
+
+
+def training_moments(
+    config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts
+) -> tuple[Moment, ...]:
+    """The candidates for this stage's peak while gradients are computed."""
+    return tuple(_Pass(config, stage, sizes, counts).moments())
+
+
+class _Pass:
+    """One microbatch's way through a stage, on top of those that wait."""
+
+    def __init__(self, config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> None:
+        self.config, self.stage, self.sizes = config, stage, sizes
+        self.microbatches = counts.microbatches
+        self.projects = config.projects and counts.microbatches > 1
+        self.layer = kept_by_layer(sizes)
+        self.recomputes = config.model.recompute == "full"
+        self.widened = sizes.precision.wide > sizes.precision.compute
+        waiting = in_flight(config, counts, stage.index)
+        self.earlier = (waiting - 1) * self._kept_by_chunk()
+        if config.parallel.pipeline > 1:
+            self.earlier += 2 * sizes.stream  # a gradient and an input that have just arrived
+        if sizes.sharded_sequence:
+            self.earlier += sizes.gathered  # Megatron's buffer for gathered sequences
+
+    # ------------------------------------------------------------------ what is kept
+
+    def _kept_by_chunk(self) -> int:
+        """Bytes that one forward pass of a chunk keeps, final norm and logits apart."""
+        sizes, layers = self.sizes, self.stage.layers_per_chunk
+        parallel = self.config.parallel
+        inner = parallel.pipeline > 1 and (parallel.virtual_pipeline or 1) > 1
+        ends = int(inner or not self.stage.first) + int(inner or not self.stage.last)
+        if self.recomputes:
+            # Each layer's input; the last output is kept for the norm that reads it, or to send.
+            last = int(not self.widened or inner or not self.stage.last)
+            return (layers + last) * sizes.stream
+        if not self.widened:
+            return layers * self.layer.total + sizes.stream  # inputs and outputs are the residual
+        return layers * self.layer.total + ends * sizes.stream
+
+    @property
+    def _all(self) -> int:
+        """Everything kept when backward enters the deepest layer."""
+        kept = self.earlier + self._kept_by_chunk()
+        if self.recomputes:
+            # That layer again, with its output.
+            kept += self.layer.total + self.sizes.stream
+        return kept
+
+    # ------------------------------------------------------------------ moments
+
+    def moments(self) -> Iterator[Moment]:
+        held = self._head_held() if self.stage.last else 0
+        if self.stage.last:
+            yield from self._loss_moments(held)
+        if self.config.projects and self.microbatches > 1:
+            yield self._handover_moment()
+        yield from self._layer_moments(held)
+        if self.stage.first:
+            yield from self._embedding_moments(held)
+
+    def _handover_moment(self) -> Moment:
+        """The last captures of a microbatch are solved when the next one's backward begins."""
+        sizes = self.sizes
+        kept = self.earlier + self._kept_by_chunk()
+        logits = 0
+        if self.stage.last:
+            kept += norm_kept(sizes)
+            logits = self._held_earlier() + sizes.logits
+        return Moment("previous microbatch, solve", kept, logits, self._left_over()[1])
+
+    def _held_earlier(self) -> int:
+        """What earlier microbatches hold of `_head_held` when the loss of the newest is taken."""
+        if not self._head_held() or self.config.parallel.pipeline == 1:
+            return 0
+        one = self.sizes.logits + self.sizes.gathered
+        return one * min(self.microbatches - 1, self._lag + 1)
+
+    @property
+    def _lag(self) -> int:
+        """Microbatches that the first stage may be behind the last: TiedEnds.lag."""
+        parallel = self.config.parallel
+        return parallel.pipeline * (2 if parallel.virtual_pipeline else 1)
+
+    def _left_over(self) -> tuple[int, int]:
+        """Bytes that wait from one backward pass to the next, and at their solve."""
+        if not self.config.projects or self.microbatches < 2:
+            return 0, 0
+        projects = self.microbatches > 2  # the first microbatch's captures remove nothing
+        table = self.stage.find(EMBEDDING)
+        tied, stages = self.config.model.tie_embeddings, self.config.parallel.pipeline
+        group = Group(self.sizes, self.config, projects)
+        if table is not None and not tied:
+            held = self.sizes.tokens * self.sizes.hidden * self.sizes.precision.gradient
+            return held, self._lookup(table, projects)
+        if table is not None and stages == 1:
+            group.add(table, lookup=True)
+        else:
+            fc1, fc2, qkv, proj = self._weights()
+            for weight in (fc2, fc1, proj, qkv):
+                group.add(weight)
+        return group.pending, group.peak
+
+    def _head(self) -> Local:
+        """The head's weight: its own, or the embedding's."""
+        head = self.stage.find(HEAD) or self.stage.find(EMBEDDING)
+        assert head is not None
+        return head
+
+    def _head_held(self) -> int:
+        """Gradients of logits that wait, with the head's input, for a tied embedding's backward.
+
+        In one stage that is within the same microbatch; over stages the last one holds as many as
+        the first may be behind.
+        """
+        model, parallel = self.config.model, self.config.parallel
+        if not (model.tie_embeddings and self.config.projects):
+            return 0
+        one = self.sizes.logits + self.sizes.gathered
+        if parallel.pipeline == 1:
+            return one
+        return one * min(self.microbatches, self._lag + 1)
+
+    def _loss_moments(self, held: int) -> Iterator[Moment]:
+        sizes, e, wide = self.sizes, self.sizes.precision.compute, self.sizes.precision.wide
+        single, parallel = sizes.tokens <= LOSS_CHUNK, self.config.parallel
+        kept = self.earlier + self._kept_by_chunk() + norm_kept(sizes)
+        earlier, waiting = self._held_earlier(), self._left_over()[0]
+        chunk = min(sizes.tokens, LOSS_CHUNK) * sizes.vocab * wide
+        yield Moment("loss, forward", kept, earlier + sizes.logits + 4 * chunk, waiting)
+        chunks = 2 if single else (4 if wide > e else 3)
+        logits = earlier + 2 * sizes.logits + chunks * chunk
+        yield Moment("loss, backward", kept, logits, waiting)
+        kept += sizes.gathered  # gradient of the head's input
+        tied = self.config.model.tie_embeddings
+        head = self._head()
+        if not self.config.projects:
+            yield Moment("head, backward", kept, sizes.logits, head.count * e)
+        elif not tied:
+            group = self._group([head])
+            copied = sizes.logits if wide > e else 0
+            yield Moment("head, backward", kept, copied, group.pending)
+            kept = self._all + sizes.stream + sizes.tokens * sizes.ffn * e
+            yield Moment("head, solve", kept, 0, group.peak)
+        elif parallel.pipeline > 1:
+            group = self._group([head], lookup=True)
+            yield Moment("head, solve", kept, held, group.peak)
+        norm = norm_backward(sizes, sizes.own_tokens * sizes.hidden)
+        kept = self.earlier + self._kept_by_chunk() + norm + 2 * sizes.stream
+        kept += sizes.own_tokens * sizes.hidden * wide if wide > e else 0
+        pending = 0
+        if self.config.projects and not tied:
+            pending = self._group([head]).pending
+        elif not self.config.projects and tied and parallel.pipeline == 1:
+            pending = head.count * e
+        yield Moment("final norm, backward", kept, held, pending)
+
+    def _layer_moments(self, held: int) -> Iterator[Moment]:
+        """Backward of the deepest layer, from the MLP's output to its input."""
+        layer, sizes, e = self.layer, self.sizes, self.sizes.precision.compute
+        ffn, stream = sizes.tokens * sizes.ffn * e, sizes.stream
+        gathered = sizes.gathered if sizes.sharded_sequence else 0
+        tied = self._tied_gradient()
+        fc1, fc2, _, proj = self._weights()
+
+        def work(*weights: Local) -> int:
+            """What has been captured so far, or the gradient of the last of these."""
+            if self.config.projects:
+                return self._group(list(weights)).pending
+            return tied + weights[-1].count * e
+
+        kept = self._all
+        yield Moment("fc2, backward", kept + stream + gathered + ffn, held, work(fc2))
+        passing = 0 if self.config.projects else tied
+        captured = work(fc2) if self.config.projects else passing
+        kept -= ffn  # fc2's input
+        yield Moment("SwiGLU, backward", kept + stream + 3 * ffn, held, captured)
+        kept -= layer.mlp - ffn
+        dx = sizes.tokens * sizes.hidden * e
+        yield Moment("fc1, backward", kept + stream + dx + 2 * ffn, held, work(fc2, fc1))
+        captured = work(fc2, fc1) if self.config.projects else passing
+        norm = norm_backward(sizes, sizes.own_tokens * sizes.hidden)
+        yield Moment("MLP norm, backward", kept - stream + norm + 2 * stream, held, captured)
+        kept -= layer.mlp_norm + layer.proj_input
+        captured = work(fc2, fc1, proj) if self.config.projects else passing
+        rows = sizes.dense_tokens * sizes.query * e
+        yield Moment("attention, backward", kept + stream + 4 * rows, held, captured)
+        if sizes.qk_norm:
+            kept -= layer.dense + layer.rotary
+            gradients = sizes.tokens * sizes.qkv * e
+            norm = norm_backward(sizes, sizes.tokens * sizes.query)
+            kept += stream + gradients + norm
+            yield Moment("query norm, backward", kept, held, captured)
+        if self.config.projects:
+            yield self._solve_moment(held)
+
+    def _solve_moment(self, held: int) -> Moment:
+        """The layer's weights are solved when the layer before it hands over its first gradient."""
+        sizes, e = self.sizes, self.sizes.precision.compute
+        fc1, fc2, qkv, proj = self._weights()
+        group = self._group([fc2, fc1, proj, qkv])
+        kept = self._all - self.layer.total + sizes.stream
+        if self.stage.layers_per_chunk == 1:
+            return Moment("layer, solve", kept, held, group.peak)
+        if self.recomputes:
+            kept += self.layer.total - sizes.stream
+        return Moment("layer, solve", kept + sizes.tokens * sizes.ffn * e, held, group.peak)
+
+    def _embedding_moments(self, held: int) -> Iterator[Moment]:
+        sizes, e = self.sizes, self.sizes.precision.compute
+        table = self.stage.find(EMBEDDING)
+        assert table is not None
+        kept = self.earlier + 2 * sizes.gathered
+        tied, stages = self.config.model.tie_embeddings, self.config.parallel.pipeline
+        if not self.config.projects:
+            copies = 2 if tied and stages == 1 else 1
+            yield Moment("embedding, backward", kept, 0, copies * table.count * e)
+        elif not tied:
+            yield Moment("embedding, solve", kept, 0, self._lookup(table, self.projects))
+        elif stages == 1:
+            yield Moment("embedding, solve", kept, held, self._group([table], lookup=True).peak)
+
+    # ------------------------------------------------------------------ weights
+
+    def _tied_gradient(self) -> int:
+        """Autograd keeps the head's gradient of a tied table until the embedding's is there."""
+        parallel, model = self.config.parallel, self.config.model
+        if self.config.projects or not model.tie_embeddings or parallel.pipeline > 1:
+            return 0
+        return self._head().count * self.sizes.precision.compute
+
+    def _group(self, weights: list[Local], *, lookup: bool = False) -> Group:
+        group = Group(self.sizes, self.config, self.projects)
+        for weight in weights:
+            group.add(weight, lookup=lookup)
+        return group
+
+    def _lookup(self, table: Local, projects: bool) -> int:
+        projects = projects and is_projected(table, self.config)
+        return lookup_workspace(self.sizes, table, self._group([]).budget, projects=projects)
+
+    def _weights(self) -> tuple[Local, Local, Local, Local]:
+        """fc1, fc2, qkv, proj."""
+        by_name = {weight.name: weight for weight in self.stage.parameters}
+        return (
+            by_name["mlp.linear_fc1.weight"],
+            by_name["mlp.linear_fc2.weight"],
+            by_name["self_attention.linear_qkv.weight"],
+            by_name["self_attention.linear_proj.weight"],
+        )

@@ -1,0 +1,91 @@
+"""Policies on disk: a Hugging Face directory, a run, or one of a run's checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proma_megatron.config import ConfigError, RunConfig
+from proma_megatron.config_file import apply_overrides, read_tree, validate_config
+from proma_megatron.policy.hf_config import CONFIG
+from proma_megatron.run_dir import MARKER, RunDir
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A policy that can be built: by a configuration, from a checkpoint or from Hugging Face."""
+
+    config: RunConfig
+    checkpoint: Path | None  # None: the weights are those of config.model.path
+    run: RunDir | None
+
+    @property
+    def name(self) -> str:
+        """For the names of files about it."""
+        if self.checkpoint is None:
+            assert self.config.model.path is not None
+            return self.config.model.path.resolve().name
+        return self.checkpoint.name
+
+
+def open_saved(path: Path, overrides: Sequence[str] = (), settings: Path | None = None) -> Saved:
+    """What is at ``path``, with its configuration and these overrides.
+
+    A run's weights come from its checkpoint, the newest if ``path`` is the run itself, and its
+    tokenizer from the copy in its directory: the Hugging Face model it began with may be gone.
+
+    Args:
+        settings: for a Hugging Face directory, a training configuration whose prompts, rewards and
+            layout apply.
+
+    Raises:
+        ConfigError: there is no policy at ``path``, or the configuration is not valid.
+    """
+    if (path / CONFIG).is_file():
+        tree = read_tree(settings) if settings is not None else {"name": "evaluation"}
+        model = tree.get("model")
+        compute = {
+            key: value
+            for key, value in (model if isinstance(model, dict) else {}).items()
+            if key in ("dtype", "recompute")
+        }
+        tree = {**tree, "model": {**compute, "path": str(path)}}
+        return Saved(validate_config(apply_overrides(tree, overrides)), None, None)
+    if settings is not None:
+        raise ConfigError(
+            f"--config is {settings}, but {path} is a run, which has its own; leave it out"
+        )
+    run, checkpoint = _find_run(path)
+    tree = read_tree(run.config)
+    return Saved(validate_config(apply_overrides(_own(tree, run), overrides)), checkpoint, run)
+
+
+def _find_run(path: Path) -> tuple[RunDir, Path]:
+    """The run at this path, or around this checkpoint, and the checkpoint."""
+    if (path / MARKER).is_file() or path.parent.name == "checkpoints":
+        run, checkpoint = RunDir(path.parent.parent), path
+        if not (path / MARKER).is_file():
+            raise ConfigError(
+                f"{path} is no complete checkpoint: it has no {MARKER}; choose another one"
+            )
+    else:
+        run, checkpoint = RunDir(path), RunDir(path).latest_checkpoint()
+    if not run.config.is_file():
+        raise ConfigError(
+            f"{path} is no Hugging Face directory ({CONFIG}), no run ({run.config.name}) and no "
+            f"checkpoint of one ({MARKER}); check the path"
+        )
+    if checkpoint is None:
+        raise ConfigError(f"{run.checkpoints} holds no complete checkpoint; let the run save one")
+    return run, checkpoint
+
+
+def _own(tree: Mapping[str, Any], run: RunDir) -> dict[str, Any]:
+    """The run's configuration without what lies outside of its directory."""
+    tokenizer = dict(tree.get("tokenizer") or {})
+    if tokenizer.get("path") is None:
+        kept = run.huggingface if run.huggingface.is_dir() else run.tokenizer
+        tokenizer["path"] = str(kept)
+    return {**tree, "tokenizer": tokenizer, "model": {**tree["model"], "path": None}}

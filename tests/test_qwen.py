@@ -1,0 +1,356 @@
+"""Real files in, trained, measured, out: `proma` on Hugging Face directories and data files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.command import proma
+from support.pool import WorkerPool
+from support.pretrained import logprobs_of
+from support.qwen import theirs, write_qwen
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from proma_megatron.config import ConfigError
+from proma_megatron.config_file import load_config
+from proma_megatron.launcher import train
+
+SAMPLE = Path(__file__).parents[1] / "configs" / "sample"
+SEQUENCES = [[5, 300, 12, 7, 7, 201, 90], [44, 3, 330, 18]]
+FAST = {
+    "data.train_file": SAMPLE / "train.jsonl",
+    "data.validation_file": SAMPLE / "validation.jsonl",
+    "prompt.instruction": "End with ####.",
+    "rollout.prompts_per_step": 4,
+    "rollout.samples_per_prompt": 2,
+    "rollout.max_prompt_tokens": 150,
+    "rollout.max_new_tokens": 6,
+    "batching.sequences_per_microbatch": 2,
+    "trainer.steps": 2,
+    "trainer.eval_every": 0,
+    "trainer.kl_every": 0,
+}
+
+
+ALONE = {"tensor": 1, "pipeline": 1, "sequence": "false"}
+# A reward that a random policy gets now and then.
+REWARD = "def score(prompt, completion, reference):\n    return len(completion) % 5 / 4\n"
+
+
+def arguments(path: Path | None, **changes: object) -> list[str]:
+    chosen = {**FAST, **{key.replace("__", "."): value for key, value in changes.items()}}
+    if path is not None:
+        chosen["model.path"] = path
+    return [f"{key}={value}" for key, value in chosen.items()]
+
+
+def one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """A refusal: exit code 2 and one sentence that holds these parts."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen(tmp_path_factory.mktemp("qwen") / "Tiny", dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A run of two steps in TP2 x PP2, whose Hugging Face model is gone afterwards."""
+    folder = tmp_path_factory.mktemp("trained")
+    copy = shutil.copytree(model, folder / "Tiny")
+    (folder / "run.yaml").write_text("name: run\noptimizer: {lr: 0.01}\n")
+    (folder / "lengths.py").write_text(REWARD)
+    layout = {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True}
+    reward = {"reward__function": "lengths:score"}
+    changes = arguments(copy, model__dtype="float64", **layout, **reward)
+    done = proma("train", "run.yaml", *changes, cwd=folder, PYTHONPATH=str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "loaded the weights of" in done.stdout
+    assert "dropped" in done.stdout  # the sample's longest problems, and it says so
+    shutil.rmtree(copy)
+    return folder / "runs" / "run"
+
+
+def test_a_run_begins_with_the_models_weights_and_changes_them(
+    trained: Path, model: Path, workers: WorkerPool
+) -> None:
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    # The rollout's log-probabilities are the training forward's, before the first update.
+    assert rows[1]["policy/logprob_mismatch_max"] < 1e-10
+    assert rows[1]["optimizer/grad_norm"] > 0
+    before = _theirs(model)
+    checkpoint = trained / "checkpoints" / "step_000000"
+    ours = workers.run(1, logprobs_of, run=checkpoint, parallel=ALONE, sequences=SEQUENCES)[0]
+    assert float((ours - before).abs().max()) < 1e-9
+    after = workers.run(1, logprobs_of, run=trained, parallel=ALONE, sequences=SEQUENCES)[0]
+    assert float((after - before).abs().max()) > 1e-3
+
+
+def _theirs(path: Path) -> torch.Tensor:
+    """transformers' log-probabilities of each next token of SEQUENCES, one after the other."""
+    found = []
+    for ids, logits in zip(SEQUENCES, theirs(path, SEQUENCES), strict=True):
+        chosen = torch.tensor(ids[1:])[:, None]
+        found.append(logits.log_softmax(dim=-1)[:-1].gather(1, chosen)[:, 0])
+    return torch.cat(found)
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    """Written by a layout that is not the run's, in several files."""
+    out = trained.parent / "exported"
+    layout = ("parallel.tensor=1", "parallel.sequence=false")
+    done = proma("export", str(trained), "--out", str(out), "--shard-size", "50KB", *layout)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_an_export_loads_in_transformers_with_the_trainers_log_probabilities(
+    trained: Path, exported: Path, workers: WorkerPool
+) -> None:
+    layout = {"tensor": 2, "pipeline": 2}
+    found = workers.run(4, logprobs_of, run=trained, parallel=layout, sequences=SEQUENCES)
+    ours = next(value for value in found if value is not None)
+    assert float((ours - _theirs(exported)).abs().max()) < 1e-9
+
+
+def test_an_export_has_what_the_model_came_with(model: Path, exported: Path) -> None:
+    assert len(list(exported.glob("*.safetensors"))) > 2
+    assert AutoModelForCausalLM.from_pretrained(exported, dtype="auto").dtype == torch.float64
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (model, exported))
+    assert before.get_vocab() == after.get_vocab()
+    assert before.chat_template == after.chat_template
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert (exported / name).read_bytes() == (model / name).read_bytes()
+    config = json.loads((exported / "config.json").read_text())
+    original = json.loads((model / "config.json").read_text())
+    assert {**config, "dtype": ""} == {**original, "dtype": ""}
+    assert not list(exported.parent.glob(".*.part"))
+
+
+def test_what_was_imported_is_exported_bit_by_bit(trained: Path, model: Path) -> None:
+    """The checkpoint before the first step holds the model's own weights."""
+    out = trained.parent / "first"
+    first = trained / "checkpoints" / "step_000000"
+    done = proma("export", str(first), "--out", str(out), "parallel.pipeline=1")
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(path / "model.safetensors") for path in (model, out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_export_refuses_what_it_would_overwrite_or_not_do(trained: Path, model: Path) -> None:
+    full = trained.parent / "full"
+    full.mkdir()
+    (full / "notes").write_text("mine")
+    one_line(proma("export", str(trained), "--out", str(full)), "exists already")
+    assert (full / "notes").read_text() == "mine"
+    one_line(
+        proma("export", str(model), "--out", str(full / "x")), "Hugging Face directory already"
+    )
+    one_line(proma("export", str(full), "--out", str(full / "x")), "no run", "check the path")
+    size = proma("export", str(trained), "--out", str(full / "x"), "--shard-size", "big")
+    one_line(size, "--shard-size is 'big'")
+    assert list(full.iterdir()) == [full / "notes"]
+
+
+def evaluate(run: Path, *chosen: str) -> subprocess.CompletedProcess[str]:
+    data = str(SAMPLE / "validation.jsonl")
+    return proma("eval", str(run), "--data", data, *chosen, PYTHONPATH=str(run.parents[1]))
+
+
+def test_evaluation_counts_what_it_wrote(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "all.jsonl"
+    chosen = ("--samples", "4", "--out", str(out), "parallel.pipeline=1")
+    done = evaluate(trained, *chosen)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    problems = {row["problem"] for row in rows}
+    assert figures["problems"] == len(problems)
+    assert len(rows) == 4 * len(problems)
+    assert len(problems) + figures["dropped_problems"] == 16
+    assert figures["accuracy"] == figures["pass@1"]
+    assert figures["accuracy"] == sum(row["correct"] for row in rows) / len(rows)
+    assert figures["truncated"] == sum(not row["finished"] for row in rows) / len(rows)
+    assert figures["length"] == sum(row["tokens"] for row in rows) / len(rows)
+    assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
+    assert {"pass@2", "pass@4"} <= figures.keys()
+    # Samples of a problem differ, and a second run gives the same ones.
+    assert len({row["completion"] for row in rows if row["problem"] == rows[0]["problem"]}) > 1
+    again = evaluate(trained, *chosen)
+    one_line(again, "all.jsonl exists already", "--overwrite")
+    layout = ("parallel.tensor=1", "parallel.sequence=false", "parallel.data=2")
+    done = evaluate(trained, "--overwrite", *chosen, *layout)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+
+
+def test_validation_is_the_same_code(trained: Path) -> None:
+    """What the run wrote after its last step is what `proma eval` finds there, greedily."""
+    out = trained / "evaluation" / "again.jsonl"
+    layout = ("parallel.tensor=1", "parallel.sequence=false")
+    done = evaluate(trained, "--out", str(out), *layout)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == (trained / "evaluation" / "step_000002.jsonl").read_text()
+    figures = json.loads(done.stdout.splitlines()[-1])
+    row = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("accuracy", "accuracy_low", "accuracy_high", "length", "truncated"):
+        assert row[f"validation/{name}"] == pytest.approx(figures[name])
+
+
+def test_parquet_math_bonus_and_a_users_limit(model: Path, tmp_path: Path) -> None:
+    """verl's columns, answers compared by math-verify, and an evaluation without a run."""
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {i} + 1?"}],
+            "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
+        }
+        for i in range(12)
+    ]
+    for name, part in (("train", rows[:8]), ("test", rows[8:])):
+        pyarrow.parquet.write_table(pa.Table.from_pylist(part), tmp_path / f"{name}.parquet")
+    files = {
+        "data__train_file": tmp_path / "train.parquet",
+        "data__validation_file": tmp_path / "test.parquet",
+    }
+    (tmp_path / "run.yaml").write_text(
+        "name: math\nreward: {function: math, format_bonus: 0.5, overlong_penalty: 0.25}\n"
+    )
+    done = proma("train", "run.yaml", *arguments(model, **files), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "math" / "metrics.jsonl").read_text().splitlines()
+    ]
+    # A random policy says nothing right and stops late: what is left is the penalty.
+    expected = -0.25 * found[1]["rollout/truncated"]
+    assert found[1]["reward/mean"] == pytest.approx(expected)
+    assert found[1]["rollout/truncated"] > 0
+    one = proma("eval", str(model), "--data", "test.parquet", "--config", "run.yaml", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert (tmp_path / "eval_Tiny_test.jsonl").is_file()
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def refusal(changes: list[str], folder: Path) -> str:
+    """What `proma train` says before it starts anything; nothing is left behind."""
+    file = folder / "run.yaml"
+    file.write_text(f"name: run\nroot: {folder / 'runs'}\n")
+    with pytest.raises(ConfigError) as caught:
+        train(load_config(file, changes), resume=False, overwrite=False)
+    assert not (folder / "runs").exists()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def _truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _integers(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, path / "model.safetensors")
+
+
+def _small_embedding(path: Path) -> None:
+    shutil.rmtree(path)
+    write_qwen(path, dtype=torch.float64, vocab_size=290)
+
+
+def _no_tokenizer(path: Path) -> None:
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "parts"),
+    [
+        (_truncate, ["model.safetensors can't be read", "download it again"]),
+        (_integers, ["model.norm.weight has dtype I8", "BF16"]),
+        (_small_embedding, ["tokens, but the embedding has only 290 rows"]),
+        (_no_tokenizer, ["holds no tokenizer", "tokenizer.path"]),
+        (shutil.rmtree, ["which does not exist"]),
+    ],
+)
+def test_a_broken_model_is_refused_before_anything_starts(
+    model: Path, tmp_path: Path, break_it: Callable[[Path], None], parts: list[str]
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "Tiny")
+    break_it(copy)
+    message = refusal(arguments(copy), tmp_path)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model__layers": 3}, ["model.layers is 3", "it is 4 in the config.json"]),
+        ({"parallel__tensor": 3}, ["model.heads is 4", "parallel.tensor=3"]),
+        ({"prompt__template": "nice"}, ["prompt.template is 'nice'"]),
+        ({"rollout__max_prompt_tokens": 4}, ["all 40 training prompts are longer"]),
+        ({"rollout__prompts_per_step": 64}, ["fewer than rollout.prompts_per_step=64"]),
+        ({"reward__format_bonus": 1, "reward__function": "os:getpid"}, ["format_pattern"]),
+        ({"reward__function": "no_such_module:f"}, ["no_such_module"]),
+        ({"data__columns__prompt": "question"}, ["data.columns.answer"]),
+        ({"data__validation_file": SAMPLE / "train.jsonl"}, ["shares 40 questions"]),
+        ({"warm_start__steps": 1, "data__train_file": "NO_WORK"}, ["no worked answer"]),
+        ({"data__train_file": "WORDS"}, ["'words-1' has the reference 'many', expected a number"]),
+        ({"data__train_file": "BAD"}, ["bad.jsonl, line 2", "####"]),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused_before_anything_starts(
+    model: Path, tmp_path: Path, changes: dict[str, object], parts: list[str]
+) -> None:
+    files = {
+        "BAD": ("bad", '{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": "?"}\n'),
+        "WORDS": ("words", json.dumps({"prompt": "a", "reward_model": {"ground_truth": "many"}})),
+        "NO_WORK": ("none", json.dumps({"prompt": "a", "reward_model": {"ground_truth": "1"}})),
+    }
+    for key, value in changes.items():
+        if value in files:
+            name, content = files[str(value)]
+            (tmp_path / f"{name}.jsonl").write_text(content)
+            changes = {**changes, key: tmp_path / f"{name}.jsonl"}
+            changes.setdefault("rollout__prompts_per_step", 1)
+    message = refusal(arguments(model, **changes), tmp_path)
+    for part in parts:
+        assert part in message
+
+
+def test_a_published_model_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
+    message = refusal(arguments(Path("models/Qwen3-0.6B")), tmp_path)
+    assert "model.path is models/Qwen3-0.6B" in message
+    assert "hf download Qwen/Qwen3-0.6B" in message
+
+
+def test_weights_that_are_not_finite_stop_the_run(model: Path, tmp_path: Path) -> None:
+    """Found where they are read: by the rank that holds them."""
+    copy = shutil.copytree(model, tmp_path / "Tiny")
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, copy / "model.safetensors")
+    (tmp_path / "run.yaml").write_text("name: run\n")
+    done = proma("train", "run.yaml", *arguments(copy), cwd=tmp_path)
+    one_line(done, "model.layers.1.mlp.up_proj.weight holds NaN or infinity")
+    assert not list((tmp_path / "runs" / "run" / "checkpoints").iterdir())
