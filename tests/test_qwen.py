@@ -16,13 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command import proma
 from support.pool import WorkerPool
-from support.pretrained import logprobs_of
+from support.pretrained import logprobs_of, rank_of
 from support.qwen import theirs, write_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proma_megatron.config import ConfigError
 from proma_megatron.config_file import load_config
+from proma_megatron.evaluation.job import default_output, evaluate_saved
+from proma_megatron.export.job import export
+from proma_megatron.failure import WorkerError
 from proma_megatron.launcher import train
+from proma_megatron.saved import open_saved
 
 SAMPLE = Path(__file__).parents[1] / "configs" / "sample"
 SEQUENCES = [[5, 300, 12, 7, 7, 201, 90], [44, 3, 330, 18]]
@@ -109,6 +113,17 @@ def _theirs(path: Path) -> torch.Tensor:
     return torch.cat(found)
 
 
+@pytest.fixture
+def in_pool(workers: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in this process, and their ranks in the pool: starting them takes seconds."""
+
+    def run(module: str, job: Any, config: Any, folder: Path, name: str) -> str | None:
+        return workers.run(config.parallel.world_size, rank_of, module=module, job=job)[0]
+
+    for command in ("export", "evaluation"):
+        monkeypatch.setattr(f"proma_megatron.{command}.job.run_job", run)
+
+
 @pytest.fixture(scope="module")
 def exported(trained: Path) -> Path:
     """Written by a layout that is not the run's, in several files."""
@@ -142,30 +157,44 @@ def test_an_export_has_what_the_model_came_with(model: Path, exported: Path) -> 
     assert not list(exported.parent.glob(".*.part"))
 
 
+@pytest.mark.usefixtures("in_pool")
 def test_what_was_imported_is_exported_bit_by_bit(trained: Path, model: Path) -> None:
     """The checkpoint before the first step holds the model's own weights."""
     out = trained.parent / "first"
-    first = trained / "checkpoints" / "step_000000"
-    done = proma("export", str(first), "--out", str(out), "parallel.pipeline=1")
-    assert done.returncode == 0, done.stderr
+    export(open_saved(trained / "checkpoints" / "step_000000"), out, None, "5GB")
     before, after = (load_file(path / "model.safetensors") for path in (model, out))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_export_refuses_what_it_would_overwrite_or_not_do(trained: Path, model: Path) -> None:
-    full = trained.parent / "full"
-    full.mkdir()
-    (full / "notes").write_text("mine")
-    one_line(proma("export", str(trained), "--out", str(full)), "exists already")
-    assert (full / "notes").read_text() == "mine"
-    one_line(
-        proma("export", str(model), "--out", str(full / "x")), "Hugging Face directory already"
-    )
-    one_line(proma("export", str(full), "--out", str(full / "x")), "no run", "check the path")
-    size = proma("export", str(trained), "--out", str(full / "x"), "--shard-size", "big")
-    one_line(size, "--shard-size is 'big'")
-    assert list(full.iterdir()) == [full / "notes"]
+def test_export_refuses_what_it_would_overwrite_or_not_do(
+    trained: Path, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+    new = tmp_path / "new"
+    for source, out, size, part in (
+        (trained, tmp_path, "5GB", "exists already; give the name of a new directory"),
+        (model, new, "5GB", "is a Hugging Face directory already"),
+        (tmp_path, new, "5GB", "no run"),
+        (trained / "checkpoints" / "step_000009", new, "5GB", "no complete checkpoint"),
+        (trained, new, "big", "--shard-size is 'big'"),
+        (trained, new / "in" / "nothing", "5GB", "there is no directory"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            export(open_saved(source), out, None, size)
+    assert list(tmp_path.iterdir()) == [tmp_path / "notes"]
+
+
+def test_an_export_that_fails_leaves_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise WorkerError("rank 0 failed")
+
+    monkeypatch.setattr("proma_megatron.export.job.run_job", fail)
+    with pytest.raises(WorkerError):
+        export(open_saved(trained), tmp_path / "out", None, "5GB")
+    assert not list(tmp_path.iterdir())
 
 
 def evaluate(run: Path, *chosen: str) -> subprocess.CompletedProcess[str]:
@@ -192,25 +221,45 @@ def test_evaluation_counts_what_it_wrote(trained: Path, tmp_path: Path) -> None:
     assert {"pass@2", "pass@4"} <= figures.keys()
     # Samples of a problem differ, and a second run gives the same ones.
     assert len({row["completion"] for row in rows if row["problem"] == rows[0]["problem"]}) > 1
-    again = evaluate(trained, *chosen)
-    one_line(again, "all.jsonl exists already", "--overwrite")
-    layout = ("parallel.tensor=1", "parallel.sequence=false", "parallel.data=2")
-    done = evaluate(trained, "--overwrite", *chosen, *layout)
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    one_line(evaluate(trained, *chosen), "all.jsonl exists already", "--overwrite")
 
 
-def test_validation_is_the_same_code(trained: Path) -> None:
+KEPT = ("problem", "sample", "completion", "tokens", "finished")
+
+
+def completions(file: Path) -> list[dict[str, Any]]:
+    """What was sampled; the run's reward needs a process that a pool's rank can't start."""
+    rows = map(json.loads, file.read_text().splitlines())
+    return [{key: row[key] for key in KEPT} for row in rows]
+
+
+LAYOUT = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"]
+
+
+@pytest.mark.usefixtures("in_pool")
+def test_validation_is_the_same_code_in_every_layout(trained: Path, tmp_path: Path) -> None:
     """What the run wrote after its last step is what `proma eval` finds there, greedily."""
-    out = trained / "evaluation" / "again.jsonl"
-    layout = ("parallel.tensor=1", "parallel.sequence=false")
-    done = evaluate(trained, "--out", str(out), *layout)
-    assert done.returncode == 0, done.stderr
-    assert out.read_text() == (trained / "evaluation" / "step_000002.jsonl").read_text()
-    figures = json.loads(done.stdout.splitlines()[-1])
+    data, step = SAMPLE / "validation.jsonl", trained / "evaluation" / "step_000002.jsonl"
+    for parallel in ([], [*LAYOUT, "parallel.data=2"]):
+        saved = open_saved(trained, ["reward.function=gsm8k", *parallel])
+        evaluate_saved(saved, data, tmp_path / "again.jsonl", overwrite=True)
+        assert completions(tmp_path / "again.jsonl") == completions(step)
     row = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    for name in ("accuracy", "accuracy_low", "accuracy_high", "length", "truncated"):
-        assert row[f"validation/{name}"] == pytest.approx(figures[name])
+    rows = list(map(json.loads, step.read_text().splitlines()))
+    assert row["validation/accuracy"] == sum(r["correct"] for r in rows) / len(rows)
+    assert row["validation/score"] == pytest.approx(sum(r["score"] for r in rows) / len(rows))
+
+
+@pytest.mark.usefixtures("in_pool")
+def test_samples_do_not_depend_on_the_layout(trained: Path, tmp_path: Path) -> None:
+    found = []
+    for parallel in ([*LAYOUT, "rollout.batch_size=6"], [*LAYOUT, "parallel.data=2"]):
+        changes = ["evaluation.samples=3", "reward.function=gsm8k", *parallel]
+        out = tmp_path / "some.jsonl"
+        data = SAMPLE / "validation.jsonl"
+        evaluate_saved(open_saved(trained, changes), data, out, overwrite=True)
+        found.append(completions(out))
+    assert found[0] == found[1]
 
 
 def test_parquet_math_bonus_and_a_users_limit(model: Path, tmp_path: Path) -> None:
@@ -241,9 +290,26 @@ def test_parquet_math_bonus_and_a_users_limit(model: Path, tmp_path: Path) -> No
     expected = -0.25 * found[1]["rollout/truncated"]
     assert found[1]["reward/mean"] == pytest.approx(expected)
     assert found[1]["rollout/truncated"] > 0
-    one = proma("eval", str(model), "--data", "test.parquet", "--config", "run.yaml", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    assert (tmp_path / "eval_Tiny_test.jsonl").is_file()
+
+
+@pytest.mark.usefixtures("in_pool")
+def test_a_models_evaluation_takes_prompts_and_rewards_from_a_configuration(
+    model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "name: math\nprompt: {instruction: Box it.}\nmodel: {dtype: float64, layers: 9}\n"
+        "rollout: {max_prompt_tokens: 200, max_new_tokens: 4}\n"
+    )
+    saved = open_saved(model, ["parallel.tensor=2"], tmp_path / "run.yaml")
+    assert (saved.config.model.dtype, saved.config.model.layers) == ("float64", 4)
+    data, out = SAMPLE / "validation.jsonl", tmp_path / "all.jsonl"
+    assert default_output(saved, data) == Path("eval_Tiny_validation.jsonl")
+    evaluate_saved(saved, data, out, overwrite=False)
+    rows = list(map(json.loads, out.read_text().splitlines()))
+    assert len(rows) == 16
+    assert all("Box it.<|im_end|>" in row["prompt"] for row in rows)
+    with pytest.raises(ConfigError, match="which has its own; leave it out"):
+        open_saved(tmp_path, [], tmp_path / "run.yaml")
 
 
 # --------------------------------------------------------------------------- bad input
@@ -342,15 +408,3 @@ def test_a_published_model_that_is_not_there_says_how_to_get_it(tmp_path: Path) 
     message = refusal(arguments(Path("models/Qwen3-0.6B")), tmp_path)
     assert "model.path is models/Qwen3-0.6B" in message
     assert "hf download Qwen/Qwen3-0.6B" in message
-
-
-def test_weights_that_are_not_finite_stop_the_run(model: Path, tmp_path: Path) -> None:
-    """Found where they are read: by the rank that holds them."""
-    copy = shutil.copytree(model, tmp_path / "Tiny")
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
-    save_file(tensors, copy / "model.safetensors")
-    (tmp_path / "run.yaml").write_text("name: run\n")
-    done = proma("train", "run.yaml", *arguments(copy), cwd=tmp_path)
-    one_line(done, "model.layers.1.mlp.up_proj.weight holds NaN or infinity")
-    assert not list((tmp_path / "runs" / "run" / "checkpoints").iterdir())

@@ -10,8 +10,8 @@ from proma_megatron.config import RunConfig
 from proma_megatron.planning.plan import StagePlan, make_plan
 
 # Largest relative differences. A fifth is promised, but a formula that forgets a tensor may be off
-# by less, and nothing here is random.
-TRAINING, ROLLOUT = 0.06, 0.1
+# by less. A rollout may still hold what only the garbage collector frees.
+TRAINING, ROLLOUT = 0.06, 0.2
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "ffn_hidden_size": 192,

@@ -287,6 +287,30 @@ def test_a_tensor_of_a_wrong_shape_is_refused(models: Models, tmp_path: Path) ->
     assert f"{EMBEDDING} has shape [60, 32], expected [61, 32]" in refusal(path)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_slice_that_is_not_finite_is_refused(
+    models: Models, tmp_path: Path, value: float
+) -> None:
+    path = copy_of(models["qwen3"], tmp_path)
+    table = models["qwen3"].tensors[EMBEDDING].clone()
+    table[7, 3] = value
+    edit_tensors(path, {EMBEDDING: table})
+    slices = read_model(path, COMPUTE).read(EMBEDDING)
+    assert torch.equal(slices.narrow(0, 0, 7), table[:7])
+    with pytest.raises(ConfigError, match=f"{EMBEDDING} holds NaN or infinity"):
+        slices.narrow(0, 0, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_tensor_of_a_strange_dtype_is_refused(
+    models: Models, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = copy_of(models["qwen3"], tmp_path)
+    edit_tensors(path, {NORM: torch.zeros(32).to(dtype)})
+    assert f"{NORM} has dtype" in refusal(path)
+    assert "expected one of F64, F32, F16, BF16" in refusal(path)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
 def test_a_truncated_file_is_refused(models: Models, tmp_path: Path, kept: int) -> None:
     path = copy_of(models["qwen3"], tmp_path)
