@@ -30,10 +30,21 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         WorkerError: a worker failed in any other way.
     """
     adopt_slurm(os.environ)
+    if resume:
+        config = _with_own_tokenizer(config)
     if "RANK" in os.environ:
         _take_part(config, resume=resume, overwrite=overwrite)
     else:
         _start_workers(config, resume=resume, overwrite=overwrite)
+
+
+def _with_own_tokenizer(config: RunConfig) -> RunConfig:
+    """The configuration with the tokenizer that the run keeps: its model may be gone."""
+    kept = RunDir(config.run_dir).huggingface
+    if config.tokenizer.path is not None or not kept.is_dir():
+        return config
+    tokenizer = config.tokenizer.model_copy(update={"path": kept})
+    return config.model_copy(update={"tokenizer": tokenizer})
 
 
 def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -58,10 +69,11 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
             "with torch's Adam; resume needs a run with optimizer.distributed=false"
         )
     check_data_files(config)
-    check_model_files(config)
     check_reward(config.reward, config.rollout.max_new_tokens)
-    if config.model.path is not None:
-        read_model(config.model.path, config.model)
+    if not resume:  # with which the weights come from a checkpoint
+        check_model_files(config)
+        if config.model.path is not None:
+            read_model(config.model.path, config.model)
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "tokenizer.model"
         if resume and RunDir(config.run_dir).tokenizer.is_file():
@@ -71,7 +83,7 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
         run_dir = prepare_run_dir(config.run_dir, resume, overwrite)
         if trained.is_file() and trained != run_dir.tokenizer:
             shutil.copyfile(trained, run_dir.tokenizer)
-    if config.model.path is not None:
+    if config.model.path is not None and not resume:
         keep_companions(config.model.path, run_dir.huggingface)
     run_dir.config.write_text(dump_config(config))
     for note in data.notes:

@@ -45,6 +45,7 @@ FAST = {
 }
 
 
+LAYOUT = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"]
 ALONE = {"tensor": 1, "pipeline": 1, "sequence": "false"}
 # A reward that a random policy gets now and then.
 REWARD = "def score(prompt, completion, reference):\n    return len(completion) % 5 / 4\n"
@@ -111,6 +112,23 @@ def _theirs(path: Path) -> torch.Tensor:
         chosen = torch.tensor(ids[1:])[:, None]
         found.append(logits.log_softmax(dim=-1)[:-1].gather(1, chosen)[:, 0])
     return torch.cat(found)
+
+
+def test_a_run_goes_on_without_the_model_that_it_began_with(trained: Path, tmp_path: Path) -> None:
+    """And in another layout; the run's own configuration is all that it needs."""
+    shutil.copytree(trained, tmp_path / "runs" / "run")
+    changes = ["trainer.steps=3", *LAYOUT]
+    done = proma(
+        "train",
+        "runs/run/config.yaml",
+        "--resume",
+        *changes,
+        cwd=tmp_path,
+        PYTHONPATH=str(trained.parents[1]),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 1, 2, 3]
 
 
 @pytest.fixture
@@ -231,9 +249,6 @@ def completions(file: Path) -> list[dict[str, Any]]:
     """What was sampled; the run's reward needs a process that a pool's rank can't start."""
     rows = map(json.loads, file.read_text().splitlines())
     return [{key: row[key] for key in KEPT} for row in rows]
-
-
-LAYOUT = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"]
 
 
 @pytest.mark.usefixtures("in_pool")

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from support.command import proma
 
+from proma_megatron.cli import main
+
 TINY = {
     "model.hidden_size": 32,
     "model.ffn_hidden_size": 64,
@@ -176,17 +178,26 @@ def test_a_run_that_cannot_start_leaves_the_old_run_alone(tmp_path: Path, config
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    tmp_path: Path, config: Path, arguments: list[str], part: str
+    tmp_path: Path,
+    config: Path,
+    arguments: list[str],
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     long = [{"question": f"q{i}", "answer": "1 + " * 200 * i + "#### 1"} for i in range(2)]
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in long))
     (tmp_path / "short.jsonl").write_text(json.dumps({"question": "r", "answer": "#### 1"}))
-    done = proma("train", str(config), *arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert part in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == 1
+    # In this process: a new one would spend seconds on imports.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["proma", "train", str(config), *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert part in said
+    assert said.count("\n") == 1
 
 
 def test_prompts_that_do_not_divide_over_the_replicas_are_refused(

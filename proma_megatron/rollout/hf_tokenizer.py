@@ -58,7 +58,8 @@ class HuggingFaceTokenizer:
             raise ConfigError(
                 f"the tokenizer in {path} can't be loaded ({reason}); download it again"
             ) from None
-        settings = _generation_settings(model or path)
+        # A resumed run's model may be gone; the run has kept these files beside the tokenizer.
+        settings = _generation_settings(model if model and model.is_dir() else path)
         own = self._tokenizer.eos_token_id
         listed = _ids(settings.get("eos_token_id"))
         self._stop_ids = tuple(dict.fromkeys(([own] if own is not None else []) + listed))
