@@ -100,7 +100,8 @@ def load_pretrained(config: RunConfig, policy: Policy) -> None:
     Each rank reads its own slices, one tensor at a time.
     """
     assert config.model.path is not None
-    fill(policy.shards, read_model(config.model.path, config.model).read)
+    found = read_model(config.model.path, config.model, compare_head=False)
+    fill(policy.shards, found.read)
 
 
 def _key(chunk: int) -> str:

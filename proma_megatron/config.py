@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
 
 class ConfigError(ValueError):
@@ -22,6 +29,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]  # a shell leaves key=~/x as it is
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -43,7 +51,7 @@ class ModelConfig(ComputeConfig):
     config.json: keys of the shape need not be given, and may not differ.
     """
 
-    path: Path | None = None
+    path: UserPath | None = None
     vocab_size: PositiveInt | None = None  # rows of the embedding; null: the tokenizer's
     hidden_size: PositiveInt = 128
     ffn_hidden_size: PositiveInt = 384
@@ -81,7 +89,7 @@ class ParallelConfig(Section):
 class TokenizerConfig(Section):
     # A SentencePiece .model file, or a directory with a Hugging Face tokenizer. Null: that of
     # model.path; without one, a SentencePiece model trained from the task's own text.
-    path: Path | None = None
+    path: UserPath | None = None
     vocab_size: PositiveInt = 320  # of a tokenizer that is trained here
 
 
@@ -92,7 +100,7 @@ class PromptConfig(Section):
     template: Literal["auto", "chat", "plain"] = "auto"
     thinking: bool = False  # a chat template's enable_thinking
     system: str | None = None  # a system message before the question
-    instruction: str | None = None  # follows the question, after a space
+    instruction: str | None = None  # follows a question, after a space; chats of the data stay
 
 
 class ColumnsConfig(Section):
@@ -108,8 +116,8 @@ class DataConfig(Section):
     validation_problems: PositiveInt = 128
     largest_number: Annotated[int, Field(ge=2)] = 50  # in a generated question
     solution_steps: Literal[1, 2] = 2  # lines of arithmetic in a generated solution, at most
-    train_file: Path | None = None  # JSONL or parquet, instead of the generator
-    validation_file: Path | None = None
+    train_file: UserPath | None = None  # JSONL or parquet, instead of the generator
+    validation_file: UserPath | None = None
     columns: ColumnsConfig = ColumnsConfig()
     seed: int = 0
 
@@ -229,9 +237,12 @@ class TrainerConfig(ProcessConfig):
     log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
 
 
+TRAINING = {"purpose": "training"}  # validation context: a policy may also only be read
+
+
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    root: Path = Path("runs")
+    root: UserPath = Path("runs")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     algorithm: Literal["proma", "reinforce", "grpo"] = "proma"
@@ -265,11 +276,14 @@ class RunConfig(Section):
         return self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
 
     @model_validator(mode="after")
-    def _check_together(self) -> RunConfig:
+    def _check_together(self, info: ValidationInfo) -> RunConfig:
         for problem in _layout_problems(self.model, self.parallel):
             raise ValueError(problem)
         for problem in _run_problems(self):
             raise ValueError(problem)
+        if info.context == TRAINING:
+            for problem in _training_problems(self):
+                raise ValueError(problem)
         return self
 
 
@@ -359,7 +373,8 @@ def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
         )
 
 
-def _run_problems(config: RunConfig) -> Iterator[str]:
+def _training_problems(config: RunConfig) -> Iterator[str]:
+    """What keeps an RL step from being cut into prompts, groups and microbatches."""
     batch, rollout = config.batching, config.rollout
     budgeted = batch.sequences_per_microbatch is None
     if budgeted and batch.tokens_per_microbatch < config.max_sequence_length:
@@ -379,6 +394,9 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             f"rollout.prompts_per_step is {rollout.prompts_per_step}, expected a multiple of "
             f"parallel.data x batching.minibatches = {data_parallel * batch.minibatches}"
         )
+
+
+def _run_problems(config: RunConfig) -> Iterator[str]:
     if config.optimizer.distributed and config.model.dtype == "float64":
         yield (
             "optimizer.distributed is true with model.dtype=float64, which Megatron's distributed "

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from proma_megatron.config import ConfigError, GradientsConfig, RunConfig, Section
+from proma_megatron.config import TRAINING, ConfigError, GradientsConfig, RunConfig, Section
 from proma_megatron.policy.hf_config import SHAPE, planned_shape
 
 
@@ -26,7 +26,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or no mapping, or a value does not fit.
     """
-    return validate_config(apply_overrides(read_tree(path), overrides))
+    return validate_config(apply_overrides(read_tree(path), overrides), training=True)
 
 
 def read_tree(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -43,6 +43,8 @@ def read_tree(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"config file {path} does not exist; give the path of a YAML file")
     try:
         tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read as text: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -85,13 +87,16 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return container  # type: ignore[return-value]
 
 
-def validate_config(tree: dict[str, Any]) -> RunConfig:
+def validate_config(tree: dict[str, Any], *, training: bool = False) -> RunConfig:
     """A validated `RunConfig`.
+
+    Args:
+        training: whether its RL steps must be possible; a policy may also only be read.
 
     Raises:
         ConfigError: one sentence per fault, the first few of them.
     """
-    return _validate(_with_shape(tree), RunConfig)
+    return _validate(_with_shape(tree), RunConfig, TRAINING if training else None)
 
 
 def gradients_config(overrides: Sequence[str]) -> GradientsConfig:
@@ -104,7 +109,7 @@ def _with_shape(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     if not isinstance(model, dict) or model.get("path") is None:
         return tree
-    path = Path(str(model["path"]))
+    path = Path(str(model["path"])).expanduser()
     if not path.exists() and all(model.get(key) is not None for key in SHAPE):
         return tree  # resolved before, as a run's own configuration is
     shape = planned_shape(path)
@@ -117,9 +122,11 @@ def _with_shape(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "model": {**model, **shape}}
 
 
-def _validate[Root: Section](tree: dict[str, Any], root: type[Root]) -> Root:
+def _validate[Root: Section](
+    tree: dict[str, Any], root: type[Root], context: dict[str, str] | None = None
+) -> Root:
     try:
-        return root.model_validate(tree)
+        return root.model_validate(tree, context=context)
     except ValidationError as error:
         sentences = [_sentence(fault, root) for fault in error.errors()[:3]]
         raise ConfigError("; ".join(sentences)) from None

@@ -49,8 +49,9 @@ def fail(logs: Path | None, error: BaseException) -> NoReturn:
         expected = isinstance(error, ConfigError | RewardError)
         if not expected:
             traceback.print_exception(error)
-        elif os.environ["RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr)
+        else:
+            rank = os.environ["RANK"]
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()

@@ -45,6 +45,11 @@ def already_started() -> bool:
     return "RANK" in os.environ
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks and writes: rank 0, or a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def with_replicas(parallel: ParallelConfig, world: int) -> ParallelConfig:
     """The layout with the replicas that so many processes make; ConfigError if they don't fit."""
     check_world_size(parallel, world)
@@ -97,7 +102,7 @@ def workers_on(count: int, device: str) -> str:
 
 def say(text: str) -> None:
     """A line for the person at the terminal; standard output is for results."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(text, file=sys.stderr, flush=True)
 
 

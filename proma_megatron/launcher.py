@@ -12,9 +12,14 @@ from proma_megatron.config_file import dump_config
 from proma_megatron.export.files import keep_companions
 from proma_megatron.failure import StoppedError, WorkerError
 from proma_megatron.placement import check_precision, check_replicas, choose_device
-from proma_megatron.policy.huggingface import read_model
+from proma_megatron.policy.huggingface import conversion_note, read_model
 from proma_megatron.rollout.rewards import check_reward
-from proma_megatron.rollout.source import check_demonstrations, prepare_data
+from proma_megatron.rollout.source import (
+    check_demonstrations,
+    check_references,
+    prepare_data,
+    with_own_tokenizer,
+)
 from proma_megatron.run_dir import RunDir, prepare_run_dir
 from proma_megatron.slurm import adopt_slurm
 from proma_megatron.startup import defer_compilation
@@ -30,21 +35,10 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         WorkerError: a worker failed in any other way.
     """
     adopt_slurm(os.environ)
-    if resume:
-        config = _with_own_tokenizer(config)
     if "RANK" in os.environ:
         _take_part(config, resume=resume, overwrite=overwrite)
     else:
         _start_workers(config, resume=resume, overwrite=overwrite)
-
-
-def _with_own_tokenizer(config: RunConfig) -> RunConfig:
-    """The configuration with the tokenizer that the run keeps: its model may be gone."""
-    kept = RunDir(config.run_dir).huggingface
-    if config.tokenizer.path is not None or not kept.is_dir():
-        return config
-    tokenizer = config.tokenizer.model_copy(update={"path": kept})
-    return config.model_copy(update={"tokenizer": tokenizer})
 
 
 def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -68,26 +62,28 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
             "optimizer.distributed is true with --resume, which Megatron-Core 0.19 can't load "
             "with torch's Adam; resume needs a run with optimizer.distributed=false"
         )
+    note = None
     check_data_files(config)
     check_reward(config.reward, config.rollout.max_new_tokens)
     if not resume:  # with which the weights come from a checkpoint
         check_model_files(config)
         if config.model.path is not None:
-            read_model(config.model.path, config.model)
+            note = conversion_note(read_model(config.model.path, config.model))
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "tokenizer.model"
         if resume and RunDir(config.run_dir).tokenizer.is_file():
             trained = RunDir(config.run_dir).tokenizer
-        data = prepare_data(config, trained)
+        data = prepare_data(with_own_tokenizer(config) if resume else config, trained)
+        check_references(config, data)
         check_demonstrations(config, data)
         run_dir = prepare_run_dir(config.run_dir, resume, overwrite)
         if trained.is_file() and trained != run_dir.tokenizer:
             shutil.copyfile(trained, run_dir.tokenizer)
-    if config.model.path is not None and not resume:
-        keep_companions(config.model.path, run_dir.huggingface)
+    if not resume:
+        keep_companions(config, run_dir)
     run_dir.config.write_text(dump_config(config))
-    for note in data.notes:
-        print(f"{config.name}: {note}", flush=True)
+    for text in (*data.notes, *([note] if note else [])):
+        print(f"{config.name}: {text}", flush=True)
     return run_dir
 
 

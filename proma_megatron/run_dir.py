@@ -4,7 +4,7 @@ config.yaml       the complete resolved configuration
 environment.json  versions, git revision and device
 metrics.jsonl     one line per step
 samples.jsonl     a few rollouts of each step
-tokenizer.model   where the configuration names none
+tokenizer.model   a SentencePiece tokenizer, trained or copied
 huggingface/      config and tokenizer of the model that the run began with
 evaluation/       every completion of each validation
 unscored_*.jsonl  rollouts that a failing reward function left without one
@@ -69,7 +69,7 @@ class RunDir:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer that this run trained."""
+        """The SentencePiece model that this run trained, or was given."""
         return self.path / "tokenizer.model"
 
     @property
@@ -80,6 +80,15 @@ class RunDir:
     def evaluation(self, step: int) -> Path:
         """Completions of the validation after this step."""
         return self.path / "evaluation" / f"step_{step:06d}.jsonl"
+
+    @property
+    def own_tokenizer(self) -> Path | None:
+        """The tokenizer that this run trained, or its copy of the one that it was given."""
+        if self.tokenizer.is_file():
+            return self.tokenizer
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        kept = any((self.huggingface / name).is_file() for name in names)
+        return self.huggingface if kept else None
 
     def unscored(self, step: int) -> Path:
         return self.path / f"unscored_step_{step:06d}.jsonl"

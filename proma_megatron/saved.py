@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from proma_megatron.config import ConfigError, RunConfig
+from proma_megatron.config import ComputeConfig, ConfigError, RunConfig
 from proma_megatron.config_file import apply_overrides, read_tree, validate_config
-from proma_megatron.policy.hf_config import CONFIG
+from proma_megatron.policy.hf_config import CONFIG, read_json
 from proma_megatron.run_dir import MARKER, RunDir
+
+# How a Hugging Face model is evaluated where nothing else is said: room for a whole solution.
+BARE: dict[str, Any] = {
+    "name": "evaluation",
+    "rollout": {"max_prompt_tokens": 1024, "max_new_tokens": 2048},
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ def open_saved(path: Path, overrides: Sequence[str] = (), settings: Path | None 
         ConfigError: there is no policy at ``path``, or the configuration is not valid.
     """
     if (path / CONFIG).is_file():
-        tree = read_tree(settings) if settings is not None else {"name": "evaluation"}
-        model = tree.get("model")
+        tree = read_tree(settings) if settings is not None else BARE
+        model = tree.get("model", {"dtype": _stored_dtype(path)})
         compute = {
             key: value
             for key, value in (model if isinstance(model, dict) else {}).items()
@@ -62,10 +68,18 @@ def open_saved(path: Path, overrides: Sequence[str] = (), settings: Path | None 
     return Saved(validate_config(apply_overrides(_own(tree, run), overrides)), checkpoint, run)
 
 
+def _stored_dtype(path: Path) -> str:
+    """What config.json says that the weights are, if we compute in it."""
+    fields = read_json(path, CONFIG)
+    found = str(fields.get("dtype") or fields.get("torch_dtype"))
+    return found if found in get_args(ComputeConfig.model_fields["dtype"].annotation) else "float32"
+
+
 def _find_run(path: Path) -> tuple[RunDir, Path]:
     """The run at this path, or around this checkpoint, and the checkpoint."""
-    if (path / MARKER).is_file() or path.parent.name == "checkpoints":
-        run, checkpoint = RunDir(path.parent.parent), path
+    real = path.resolve()  # a checkpoint may be named from within its folder
+    if (real / MARKER).is_file() or real.parent.name == "checkpoints":
+        run, checkpoint = RunDir(real.parent.parent), real
         if not (path / MARKER).is_file():
             raise ConfigError(
                 f"{path} is no complete checkpoint: it has no {MARKER}; choose another one"
@@ -84,8 +98,5 @@ def _find_run(path: Path) -> tuple[RunDir, Path]:
 
 def _own(tree: Mapping[str, Any], run: RunDir) -> dict[str, Any]:
     """The run's configuration without what lies outside of its directory."""
-    tokenizer = dict(tree.get("tokenizer") or {})
-    if tokenizer.get("path") is None:
-        kept = run.huggingface if run.huggingface.is_dir() else run.tokenizer
-        tokenizer["path"] = str(kept)
+    tokenizer = {**(tree.get("tokenizer") or {}), "path": str(run.own_tokenizer or run.tokenizer)}
     return {**tree, "tokenizer": tokenizer, "model": {**tree["model"], "path": None}}

@@ -21,6 +21,7 @@ from proma_megatron.checkpoint import (
 from proma_megatron.config import RunConfig
 from proma_megatron.evaluation.evaluate import evaluate
 from proma_megatron.metrics import Stopwatch, write_rows
+from proma_megatron.output import complete_or_absent
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.optimizer import Optimizer
@@ -225,7 +226,8 @@ class Trainer:
             step=step,
         )
         if self.topology.is_main:
-            write_rows(self.run_dir.evaluation(step), found.rows())
+            with complete_or_absent(self.run_dir.evaluation(step)) as part:
+                write_rows(part, found.rows())
         return {f"validation/{name}": value for name, value in found.metrics().items()}
 
     def _validate_after(

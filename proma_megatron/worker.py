@@ -18,7 +18,7 @@ from proma_megatron.failure import fail
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.reporting import Live, Reporter, Silent
 from proma_megatron.rollout.rewards import check_reward
-from proma_megatron.rollout.source import prepare_data
+from proma_megatron.rollout.source import prepare_data, with_own_tokenizer
 from proma_megatron.run_dir import RunDir
 from proma_megatron.topology import layout, process_group
 from proma_megatron.trainer import Trainer
@@ -47,7 +47,7 @@ def run_worker(config: RunConfig, resume: bool) -> None:
 def _run_in_group(config: RunConfig, run_dir: RunDir, device: torch.device, resume: bool) -> None:
     minutes = config.trainer.timeout_minutes
     with layout(config.parallel, device, config.seed, minutes) as topology:
-        data = prepare_data(config, run_dir.tokenizer)
+        data = prepare_data(with_own_tokenizer(config) if resume else config, run_dir.tokenizer)
         reporter: Reporter = Silent()
         if topology.is_main:
             run_dir.write_environment(_device_name(device))

@@ -16,7 +16,7 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 
 def refusal(**tree: object) -> str:
     with pytest.raises(ConfigError) as caught:
-        validate_config({"name": "run", **tree})
+        validate_config({"name": "run", **tree}, training=True)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -135,6 +135,28 @@ def test_what_a_valid_config_names_must_be_there_in_the_end(
         check(config)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_policy_may_be_read_where_it_could_not_be_trained() -> None:
+    tree = {
+        "name": "run",
+        "rollout": {"max_new_tokens": 2048, "samples_per_prompt": 1},
+        "parallel": {"data": 3},
+    }
+    assert validate_config(tree).parallel.data == 3
+    with pytest.raises(ConfigError, match="tokens_per_microbatch is 1024"):
+        validate_config(tree, training=True)
+
+
+def test_a_home_directory_is_found() -> None:
+    config = validate_config({"name": "run", "tokenizer": {"path": "~/t.model"}})
+    assert config.tokenizer.path == Path.home() / "t.model"
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match=r"c\.yaml can't be read as text"):
+        load_config(tmp_path / "c.yaml")
 
 
 def test_a_file_builds_on_its_base(tmp_path: Path) -> None:

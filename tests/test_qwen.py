@@ -185,6 +185,20 @@ def test_what_was_imported_is_exported_bit_by_bit(trained: Path, model: Path) ->
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.usefixtures("in_pool")
+def test_an_export_fills_an_empty_directory_and_converts(
+    trained: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(open_saved(trained), Path(), "bfloat16", "5GB")
+    found = load_file(tmp_path / "model.safetensors")
+    for file in exported.glob("*.safetensors"):
+        for name, value in load_file(file).items():
+            assert torch.equal(found.pop(name), value.bfloat16())
+    assert not found
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_export_refuses_what_it_would_overwrite_or_not_do(
     trained: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -267,14 +281,17 @@ def test_validation_is_the_same_code_in_every_layout(trained: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("in_pool")
 def test_samples_do_not_depend_on_the_layout(trained: Path, tmp_path: Path) -> None:
+    """Nor on how many decode together; with an odd number left, a replica has none."""
+    data, out = tmp_path / "five.jsonl", tmp_path / "some.jsonl"
+    data.write_text("".join((SAMPLE / "validation.jsonl").open().readlines()[:5]))
     found = []
-    for parallel in ([*LAYOUT, "rollout.batch_size=6"], [*LAYOUT, "parallel.data=2"]):
-        changes = ["evaluation.samples=3", "reward.function=gsm8k", *parallel]
-        out = tmp_path / "some.jsonl"
-        data = SAMPLE / "validation.jsonl"
+    for parallel in ([], ["rollout.batch_size=6"], ["rollout.batch_size=6", "parallel.data=2"]):
+        changes = ["evaluation.samples=3", "reward.function=gsm8k", *LAYOUT, *parallel]
+        changes.append("rollout.max_prompt_tokens=300")
         evaluate_saved(open_saved(trained, changes), data, out, overwrite=True)
         found.append(completions(out))
-    assert found[0] == found[1]
+    assert len(found[0]) == 15
+    assert found[0] == found[1] == found[2]
 
 
 def test_parquet_math_bonus_and_a_users_limit(model: Path, tmp_path: Path) -> None:
@@ -398,6 +415,10 @@ def test_a_broken_model_is_refused_before_anything_starts(
         ({"warm_start__steps": 1, "data__train_file": "NO_WORK"}, ["no worked answer"]),
         ({"data__train_file": "WORDS"}, ["'words-1' has the reference 'many', expected a number"]),
         ({"data__train_file": "BAD"}, ["bad.jsonl, line 2", "####"]),
+        (
+            {"data__train_file": "DOTS", "reward__function": "math"},
+            [r"the reference '\\ldots', in which math-verify finds no answer"],
+        ),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused_before_anything_starts(
@@ -406,6 +427,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_starts(
     files = {
         "BAD": ("bad", '{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": "?"}\n'),
         "WORDS": ("words", json.dumps({"prompt": "a", "reward_model": {"ground_truth": "many"}})),
+        "DOTS": ("dots", json.dumps({"prompt": "a", "reward_model": {"ground_truth": r"\ldots"}})),
         "NO_WORK": ("none", json.dumps({"prompt": "a", "reward_model": {"ground_truth": "1"}})),
     }
     for key, value in changes.items():

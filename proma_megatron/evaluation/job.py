@@ -6,12 +6,19 @@ import os
 from pathlib import Path
 
 from proma_megatron.config import ConfigError, RunConfig, Section, check_model_files
-from proma_megatron.jobs import already_started, run_job, say, take_part, with_replicas
+from proma_megatron.jobs import (
+    already_started,
+    is_first_rank,
+    run_job,
+    say,
+    take_part,
+    with_replicas,
+)
 from proma_megatron.output import check_output, working_folder
-from proma_megatron.policy.huggingface import read_model
+from proma_megatron.policy.huggingface import conversion_note, read_model
 from proma_megatron.rollout.datasets import load_problems
 from proma_megatron.rollout.rewards import check_reward
-from proma_megatron.rollout.source import load_tokenizer, make_prompts
+from proma_megatron.rollout.source import check_reads, load_tokenizer, make_prompts
 from proma_megatron.saved import Saved
 from proma_megatron.slurm import adopt_slurm
 
@@ -38,19 +45,25 @@ def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: boo
         parallel = with_replicas(config.parallel, int(os.environ["WORLD_SIZE"]))
         config = config.model_copy(update={"parallel": parallel})
     out = out or default_output(saved, data)
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists already; give another --out, or --overwrite")
-    check_output(out, [data])
+    problems = load_problems(data, config.data.columns)
+    if is_first_rank():  # the one that writes
+        if out.exists() and not overwrite:
+            raise ConfigError(f"{out} exists already; give another --out, or --overwrite")
+        check_output(out, [data])
     check_model_files(config)
     check_reward(config.reward, config.rollout.max_new_tokens)
     if saved.checkpoint is None:
         assert config.model.path is not None
-        read_model(config.model.path, config.model)
+        found = read_model(config.model.path, config.model, compare_head=is_first_rank())
+        notes = [conversion_note(found)]
+    else:
+        notes = []
     tokenizer = load_tokenizer(config, Path(os.devnull), ())
-    problems = load_problems(data, config.data.columns)
     prompts, note = make_prompts(problems, "evaluation", config, tokenizer)
-    if note is not None:
-        say(note)
+    for prompt in prompts:
+        check_reads(config.reward.function, prompt.problem)
+    for text in filter(None, (*notes, note)):
+        say(text)
     job = EvaluationJob(config=config, checkpoint=saved.checkpoint, data=data, out=out)
     if already_started():
         take_part(job, _run)

@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from proma_megatron.config import RunConfig
 from proma_megatron.policy.hf_config import CONFIG, read_json, write_config
 from proma_megatron.rollout.hf_tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from proma_megatron.rollout.tokenizer import SentencePieceTokenizer, Tokenizer
+from proma_megatron.run_dir import RunDir
 from proma_megatron.saved import Saved
 
 # Texts on which transformers must agree with the exported SentencePiece model.
 PROBES = ("Question: 12 + 30?\nAnswer:\n42", " two  spaces, a line\n\n and ünïcode ✓")
 
 
-def keep_companions(source: Path, target: Path) -> None:
-    """Copy a model's files apart from its weights into a run's directory."""
+def keep_companions(config: RunConfig, run_dir: RunDir) -> None:
+    """Copy what the run reads of its model and tokenizer, apart from weights, into its directory.
+
+    Resuming, evaluation and export take it from there: the originals may be moved or changed.
+    """
+    model, tokenizer = config.model.path, config.tokenizer.path or config.model.path
+    kept = run_dir.huggingface
+    if model is not None:
+        _copy(model, kept, (CONFIG, GENERATION_CONFIG))
+    if tokenizer is None:
+        return  # trained by the run itself
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, run_dir.tokenizer)
+    else:
+        _copy(tokenizer, kept, TOKENIZER_FILES)
+        if model is None:  # what ends a text, then, is for the tokenizer's own files to say
+            _copy(tokenizer, kept, (CONFIG, GENERATION_CONFIG))
+
+
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
     target.mkdir(exist_ok=True)
-    for name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES):
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -38,8 +59,9 @@ def write_companions(
     kept = saved.run.huggingface
     if (kept / CONFIG).is_file():
         fields = read_json(kept, CONFIG)
-        fields.pop("torch_dtype", None)
         fields["dtype"] = dtype
+        if "torch_dtype" in fields:  # as transformers before 5 wrote it
+            fields["torch_dtype"] = dtype
     else:
         length = saved.config.max_sequence_length
         fields = write_config(saved.config.model, vocab_size, length, dtype) | _special(tokenizer)
@@ -54,9 +76,7 @@ def write_companions(
     assert source is not None, "open_saved names the tokenizer"
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _write_sentencepiece(out, source, tokenizer)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    _copy(source, out, TOKENIZER_FILES)
     return []
 
 

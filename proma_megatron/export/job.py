@@ -9,7 +9,14 @@ from typing import Literal
 
 from proma_megatron.config import ConfigError, RunConfig, Section
 from proma_megatron.export.files import write_companions
-from proma_megatron.jobs import already_started, run_job, say, take_part, with_replicas
+from proma_megatron.jobs import (
+    already_started,
+    is_first_rank,
+    run_job,
+    say,
+    take_part,
+    with_replicas,
+)
 from proma_megatron.output import working_folder
 from proma_megatron.rollout.source import load_tokenizer
 from proma_megatron.saved import Saved
@@ -48,11 +55,15 @@ def export(saved: Saved, out: Path, dtype: Dtype | None, shard_size: str) -> Non
         )
     if already_started():
         parallel = with_replicas(config.parallel, int(os.environ["WORLD_SIZE"]))
-        config = config.model_copy(update={"parallel": parallel})
+    else:  # other replicas would have nothing to give
+        parallel = config.parallel.model_copy(update={"data": 1})
+    config = config.model_copy(update={"parallel": parallel})
     _check_size(shard_size)
-    _check_out(out)
+    given, out = out, out.resolve()
+    if is_first_rank():
+        _check_out(given)
     tokenizer = load_tokenizer(config, Path(os.devnull), ())
-    part = out.resolve().with_name(f".{out.resolve().name}.part")
+    part = out.with_name(f".{out.name}.part")
     job = ExportJob(
         config=config,
         checkpoint=saved.checkpoint,
@@ -61,7 +72,7 @@ def export(saved: Saved, out: Path, dtype: Dtype | None, shard_size: str) -> Non
         shard_size=shard_size,
         out=part,
     )
-    main = os.environ.get("RANK", "0") == "0"
+    main = is_first_rank()
     try:
         if main:
             shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
@@ -74,10 +85,8 @@ def export(saved: Saved, out: Path, dtype: Dtype | None, shard_size: str) -> Non
             with working_folder("export") as folder:
                 run_job("proma_megatron.export.worker", job, config, folder, "export")
         if main:
-            if out.is_dir():
-                out.rmdir()  # empty, see _check_out
-            part.rename(out.resolve())
-            say(f"wrote {out}: {saved.checkpoint.name}, {job.dtype}")
+            part.replace(out)  # which may be there, empty
+            say(f"wrote {given}: {saved.checkpoint.name}, {job.dtype}")
     finally:
         if main:
             shutil.rmtree(part, ignore_errors=True)

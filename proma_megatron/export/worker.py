@@ -17,6 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from proma_megatron.checkpoint import load_policy
+from proma_megatron.config import ConfigError
 from proma_megatron.export.job import ExportJob
 from proma_megatron.jobs import in_layout, serve
 from proma_megatron.policy.hf_config import CONFIG
@@ -55,7 +56,11 @@ def _run(job: ExportJob, topology: Topology) -> str | None:
         for _ in tensors:
             pass
         return None
-    return json.dumps(_write(job.out, tensors, files, dtype))
+    try:
+        return json.dumps(_write(job.out, tensors, files, dtype))
+    except BaseException:
+        shutil.rmtree(job.out)  # the process ends at once; nobody else would
+        raise
 
 
 def _plan(
@@ -79,11 +84,15 @@ def _write(
         for expected in names:
             name, value = next(tensors)
             assert name == expected, f"{name} came for {expected}"
+            if not bool(value.isfinite().all()):
+                raise ConfigError(
+                    f"{name} of the checkpoint holds NaN or infinity; export an earlier one"
+                )
             value = value.to(dtype)
             if not bool(value.isfinite().all()):
-                raise RuntimeError(
-                    f"{name} of the checkpoint holds NaN or infinity in {dtype}; nothing is "
-                    "exported"
+                raise ConfigError(
+                    f"--dtype is {str(dtype).removeprefix('torch.')}, in which {name} overflows; "
+                    "use bfloat16 or float32"
                 )
             content[name] = value.contiguous()
             size += value.nbytes

@@ -52,8 +52,7 @@ def count(config: RunConfig) -> Counts:
     if parallel.sequence:
         tokens = _up(tokens, parallel.tensor)
     samples = max(
-        rollout.prompts_per_step // replicas * rollout.samples_per_prompt,
-        -(-config.data.validation_problems // replicas),
+        rollout.prompts_per_step // replicas * rollout.samples_per_prompt, _validated(config)
     )
     return Counts(
         sequences=sequences,
@@ -66,6 +65,15 @@ def count(config: RunConfig) -> Counts:
         longest=longest,
         decoded_together=min(rollout.batch_size, samples),
     )
+
+
+def _validated(config: RunConfig) -> int:
+    """Sequences that a validation decodes together; of a file, as many as there is room for."""
+    portion = config.rollout.batch_size
+    if config.data.validation_file is not None:
+        return portion
+    each = -(-config.data.validation_problems // (config.parallel.data or 1))
+    return min(portion, each * config.evaluation.samples)
 
 
 def _up(value: int, multiple: int) -> int:

@@ -63,7 +63,7 @@ def _sampling(config: RunConfig, sizes: Sizes) -> int:
     copy = wide if wide > sizes.precision.compute else 0
     # Log-probabilities, float64 probabilities, their sum, and a count of those that are not 0.
     plain = copy + wide + 8 + 8 + 4 + 8
-    if config.rollout.top_p < 1:
+    if min(config.rollout.top_p, config.evaluation.top_p) < 1:
         # Sorted values with their order, what precedes each, the mask, and the order's inverse.
         return max(plain, copy + wide + 8 + 8 + 8 + 8 + 1 + 8 + 8)
     return plain

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from proma_megatron.config import RunConfig
+from proma_megatron.config import TRAINING, RunConfig
 
 SHOWN = 6
 LEAST = 0.01  # of the fullest rank's memory: what saves less is not worth a line
@@ -57,7 +57,7 @@ def with_override(config: RunConfig, key: str, value: Any) -> RunConfig | None:
     changed = config.model_dump()
     changed[section][name] = value
     try:
-        return RunConfig.model_validate(changed)
+        return RunConfig.model_validate(changed, context=TRAINING)
     except ValidationError:
         return None
 

@@ -19,6 +19,7 @@ from proma_megatron.policy.hf_config import read_json, read_shape
 from proma_megatron.policy.parameters import tensor_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED = 4096  # rows of two tables at a time
 DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 
@@ -31,6 +32,7 @@ class HuggingFaceModel:
     model: ModelConfig
     vocab_size: int  # rows of the embedding
     files: Mapping[str, str]  # tensor -> file that holds it
+    dtypes: frozenset[str]  # of the tensors, as safetensors spells them
 
     def read(self, name: str) -> TensorSlices:
         """One tensor, of which only what is narrowed to leaves the disk."""
@@ -65,8 +67,14 @@ class TensorSlices:
         return found
 
 
-def read_model(path: Path, compute: ComputeConfig) -> HuggingFaceModel:
+def read_model(
+    path: Path, compute: ComputeConfig, *, compare_head: bool = True
+) -> HuggingFaceModel:
     """The model of a Hugging Face directory, checked, with weights still on disk.
+
+    Args:
+        compare_head: where a tied model stores its head as well, whether to read both tables and
+            see that they are equal: once a run, not on every rank.
 
     Raises:
         ConfigError: the directory is no dense Qwen2, Qwen2.5 or Qwen3 that can be run here, or its
@@ -76,11 +84,26 @@ def read_model(path: Path, compute: ComputeConfig) -> HuggingFaceModel:
     vocab_size = shape.pop("vocab_size")
     model = ModelConfig(dtype=compute.dtype, recompute=compute.recompute, **shape)
     files = _find_tensors(path)
-    _check_tensors(path, files, model, vocab_size)
-    return HuggingFaceModel(path, model, vocab_size, files)
+    dtypes = _check_tensors(path, files, model, vocab_size)
+    if compare_head:
+        _check_head(path, files, model)
+    return HuggingFaceModel(path, model, vocab_size, files, dtypes)
 
 
 # --------------------------------------------------------------------------- safetensors
+
+
+def conversion_note(found: HuggingFaceModel) -> str | None:
+    """What loading rounds, in words; None if the weights are computed in as they are stored."""
+    computed = {"float64": "F64", "float32": "F32", "bfloat16": "BF16"}[found.model.dtype]
+    exact = {"F64": DTYPES, "F32": ("F32", "F16", "BF16"), "BF16": ("BF16",)}[computed]
+    rounded = sorted(found.dtypes - set(exact))
+    if not rounded:
+        return None
+    return (
+        f"weights in {found.path} are stored in {', '.join(sorted(found.dtypes))} and are rounded "
+        f"to model.dtype={found.model.dtype}"
+    )
 
 
 def _find_tensors(path: Path) -> dict[str, str]:
@@ -117,14 +140,17 @@ def _unreadable(file: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{file} can't be read ({error}); download it again")
 
 
-def _check_tensors(path: Path, files: dict[str, str], model: ModelConfig, vocab_size: int) -> None:
-    """Every tensor of the model is there in its shape, and no other."""
+def _check_tensors(
+    path: Path, files: dict[str, str], model: ModelConfig, vocab_size: int
+) -> frozenset[str]:
+    """Every tensor of the model is there in its shape, and no other; their dtypes."""
+    dtypes = set()
     shapes = tensor_shapes(model, vocab_size)
     missing = [name for name in shapes if name not in files]
     if missing:
         raise ConfigError(f"{path} lacks {_listed(missing)}, which its config.json asks for")
-    copies = {"lm_head.weight": "model.embed_tokens.weight"} if model.tie_embeddings else {}
-    unknown = [name for name in files if name not in shapes and name not in copies]
+    copy = HEAD if model.tie_embeddings else None
+    unknown = [name for name in files if name not in shapes and name != copy]
     if unknown:
         raise ConfigError(f"{path} holds {_listed(unknown)}, which no part of the model reads")
     for name, expected in shapes.items():
@@ -141,11 +167,16 @@ def _check_tensors(path: Path, files: dict[str, str], model: ModelConfig, vocab_
                 f"{path}: {name} has shape {list(found)}, expected {list(expected)} by its "
                 "config.json"
             )
-    for copy, original in copies.items():
-        if copy in files and not _equal(path, files, copy, original):
-            raise ConfigError(
-                f"{path}: tie_word_embeddings is true, but {copy} differs from {original}"
-            )
+        dtypes.add(dtype)
+    return frozenset(dtypes)
+
+
+def _check_head(path: Path, files: dict[str, str], model: ModelConfig) -> None:
+    """A head that a tied model stores is the embedding."""
+    if model.tie_embeddings and HEAD in files and not _equal(path, files, HEAD, EMBEDDING):
+        raise ConfigError(
+            f"{path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+        )
 
 
 def _equal(path: Path, files: dict[str, str], first: str, second: str) -> bool:

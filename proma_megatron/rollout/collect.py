@@ -39,7 +39,7 @@ def sample_rollouts(
     axis = policy.topology.data
     start = first + axis.rank
     places = range(start, start + axis.size * len(prompts), axis.size)
-    if options.greedy:
+    if options.greedy or not wanted:
         uniform = torch.zeros((len(wanted), 0))
     else:
         uniform = torch.stack(

@@ -150,7 +150,11 @@ class JsonLines:
     def rows(self, columns: Collection[str] = ()) -> Iterator[Row]:
         """All rows; a line is read as a whole, whatever the ``columns`` in need."""
         # In bytes: a text file's lines would also end at "\r" and, by str.splitlines, at U+2028.
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise ConfigError(f"dataset {self.path} can't be read: {error.strerror}") from None
+        with file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     values = self._parse(line, number)

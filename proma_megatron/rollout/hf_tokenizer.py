@@ -58,8 +58,7 @@ class HuggingFaceTokenizer:
             raise ConfigError(
                 f"the tokenizer in {path} can't be loaded ({reason}); download it again"
             ) from None
-        # A resumed run's model may be gone; the run has kept these files beside the tokenizer.
-        settings = _generation_settings(model if model and model.is_dir() else path)
+        settings = _generation_settings(model or path)
         own = self._tokenizer.eos_token_id
         listed = _ids(settings.get("eos_token_id"))
         self._stop_ids = tuple(dict.fromkeys(([own] if own is not None else []) + listed))
@@ -68,13 +67,16 @@ class HuggingFaceTokenizer:
                 f"nothing in {model or path} says which token ends a text; give eos_token_id in "
                 f"{GENERATION_CONFIG}"
             )
+        # Not its number of tokens: there may be gaps between the ids.
+        ids = self._tokenizer.get_vocab().values()
+        self._vocab_size = 1 + max(*ids, *self._stop_ids)
         pads = [*_ids(settings.get("pad_token_id")), *_ids(self._tokenizer.pad_token_id)]
         self._pad_id = pads[0] if pads else self._stop_ids[0]
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included."""
-        return max(len(self._tokenizer), *(i + 1 for i in self._stop_ids))
+        return self._vocab_size
 
     @property
     def pad_id(self) -> int:

@@ -13,8 +13,8 @@ from proma_megatron.rollout.tokenizer import Tokenizer
 def format_plain(question: str) -> str:
     """The text that the policy continues where there is no chat template.
 
-    It ends in a newline, which is one token that never merges: so the ids of a prompt followed by
-    those of its completion are the ids of the whole text.
+    It ends in a newline. In a tokenizer of ours that is one token that never merges: so the ids of
+    a prompt followed by those of its completion are the ids of the whole text.
     """
     return f"Question: {question}\nAnswer:\n"
 
@@ -54,12 +54,13 @@ class PromptFormat:
                 f"problem '{problem.id}' is a chat of {len(problem.messages)} messages, which "
                 "plain prompts can't hold; use a tokenizer with a chat template"
             )
-        return format_plain(self._instructed(problem.question))
+        plain = problem.question if problem.messages else self._instructed(problem.question)
+        return format_plain(plain)
 
     def _messages(self, problem: Problem) -> list[Message]:
-        turns = list(problem.messages) or [Message("user", problem.question)]
-        turns[-1] = Message(turns[-1].role, self._instructed(turns[-1].content))
-        # The data's own system message goes before the configuration's.
+        # A chat says itself what is asked for, and its system message goes before ours.
+        asked = Message("user", self._instructed(problem.question))
+        turns = list(problem.messages) or [asked]
         if self._config.system is not None and turns[0].role != "system":
             turns.insert(0, Message("system", self._config.system))
         return turns

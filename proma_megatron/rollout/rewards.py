@@ -69,6 +69,11 @@ def math_answer(prompt: str, completion: str, reference: str) -> float:
     )
 
 
+def holds_answer(reference: str) -> bool:
+    """Whether math-verify finds an answer in a reference; parsing is all that it does here."""
+    return bool(_parsed(_stated_reference(reference)))
+
+
 def last_box(text: str) -> str | None:
     """What stands in the last "\\boxed{...}" of the text that is closed, or None.
 

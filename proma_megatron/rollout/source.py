@@ -12,9 +12,10 @@ from proma_megatron.rollout.datasets import load_problems
 from proma_megatron.rollout.demonstrations import demonstration
 from proma_megatron.rollout.hf_tokenizer import HuggingFaceTokenizer
 from proma_megatron.rollout.prompts import PromptFormat, PromptSource, drop_long, format_plain
-from proma_megatron.rollout.rewards import check_reference
+from proma_megatron.rollout.rewards import check_reference, holds_answer
 from proma_megatron.rollout.tasks import generate_problems
 from proma_megatron.rollout.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from proma_megatron.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,19 @@ def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
         supervised=PromptSource(train_prompts, config.seed + 1),
         validation=tuple(validation_prompts),
         notes=tuple(note for note in (train_note, validation_note) if note),
+    )
+
+
+def with_own_tokenizer(config: RunConfig) -> RunConfig:
+    """For a run that goes on: the configuration with the tokenizer that the run has kept."""
+    kept = RunDir(config.run_dir).own_tokenizer
+    if kept is None:
+        return config
+    return config.model_copy(
+        update={
+            "tokenizer": config.tokenizer.model_copy(update={"path": kept}),
+            "model": config.model.model_copy(update={"path": None}),
+        }
     )
 
 
@@ -149,6 +163,21 @@ def make_prompts(
         f"dropped {dropped:,} of {len(prompts):,} {which} prompts, which are longer than "
         f"rollout.max_prompt_tokens={limit} (the longest has {longest:,} tokens)"
     )
+
+
+def check_references(config: RunConfig, data: Data) -> None:
+    """Whether math-verify reads every reference; ConfigError if not. Once a run: it takes time."""
+    for prompt in (*data.train.all(), *data.validation):
+        check_reads(config.reward.function, prompt.problem)
+
+
+def check_reads(function: str, problem: Problem) -> None:
+    """Whether the reward function finds an answer in the reference; ConfigError if not."""
+    if function == "math" and not holds_answer(problem.answer):
+        raise ConfigError(
+            f"problem '{problem.id}' has the reference {problem.answer!r}, in which math-verify "
+            "finds no answer; mend the reference or remove the problem"
+        )
 
 
 def check_demonstrations(config: RunConfig, data: Data) -> None:

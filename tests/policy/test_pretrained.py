@@ -43,6 +43,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             dtype=torch.float64,
             shard_size=sizes.get(name, "1GB"),
             tokenizer=False,
+            stored_head=name == "Qwen2 tied",
         )
         for name, (family, tied) in MODELS.items()
     }
@@ -70,7 +71,7 @@ def test_logits_are_those_of_transformers(
     assert last.logits is not None
     for ours, reference in zip(last.logits, expected, strict=True):
         assert ours.shape == reference.shape
-        assert float((ours - reference).abs().max()) < 1e-9 * float(reference.abs().max())
+        assert float((ours - reference).abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("files", FILES)

@@ -165,12 +165,12 @@ DIALOGUE = Problem(
             {"system": "Be kind.", "instruction": "Think."},
             "[system|Be kind.][user|How many? Think.][assistant|",
         ),
-        # The data's own system message goes before the configuration's.
+        # A chat of the data keeps its own system message, and its own instructions.
         (
             DIALOGUE,
             Chat(),
             {"system": "Be kind.", "instruction": "Think."},
-            "[system|Be brief.][user|And now? Think.][assistant|",
+            "[system|Be brief.][user|And now?][assistant|",
         ),
     ],
 )

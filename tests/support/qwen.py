@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from support.reference import in_float64
 
@@ -35,9 +36,14 @@ def write_qwen(
     shard_size: str = "1GB",
     std: float = 0.3,
     tokenizer: bool = True,
+    stored_head: bool = False,
     **shape: Any,
 ) -> Path:
-    """A model with random weights, and a tokenizer with a chat template."""
+    """A model with random weights, and a tokenizer with a chat template.
+
+    Args:
+        stored_head: write the head of a tied model as well, as some published ones do.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     fields: dict[str, Any] = {
@@ -66,6 +72,10 @@ def write_qwen(
                 mean=float(name.endswith("norm.weight")), std=std, generator=generator
             )
     model.to(dtype).save_pretrained(path, max_shard_size=shard_size)
+    if stored_head:
+        tensors = load_file(path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         stops = write_tokenizer(path)
         settings = {"eos_token_id": stops, "pad_token_id": stops[1], "do_sample": True}
