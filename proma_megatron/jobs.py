@@ -11,7 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from proma_megatron.config import ParallelConfig, ProcessConfig, Section
+from proma_megatron.config import (
+    GradientsConfig,
+    ParallelConfig,
+    ProcessConfig,
+    RunConfig,
+    Section,
+)
 from proma_megatron.output import SUMMARY
 from proma_megatron.placement import check_world_size, choose_device
 from proma_megatron.startup import defer_compilation
@@ -50,10 +56,18 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def with_replicas(parallel: ParallelConfig, world: int) -> ParallelConfig:
-    """The layout with the replicas that so many processes make; ConfigError if they don't fit."""
+def as_started[Config: GradientsConfig | RunConfig](config: Config) -> Config:
+    """The configuration with the replicas that the processes make, where these are there already.
+
+    Raises:
+        ConfigError: they don't make a whole number, or not the one that is asked for.
+    """
+    if not already_started():
+        return config
+    world, parallel = int(os.environ["WORLD_SIZE"]), config.parallel
     check_world_size(parallel, world)
-    return parallel.model_copy(update={"data": world // parallel.model_size})
+    replicas = parallel.model_copy(update={"data": world // parallel.model_size})
+    return config.model_copy(update={"parallel": replicas})
 
 
 def run_job(module: str, job: Section, config: JobConfig, folder: Path, name: str) -> str:

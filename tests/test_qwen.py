@@ -58,14 +58,6 @@ def arguments(path: Path | None, **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in chosen.items()]
 
 
-def one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """A refusal: exit code 2 and one sentence that holds these parts."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    for part in parts:
-        assert part in done.stderr
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_qwen(tmp_path_factory.mktemp("qwen") / "Tiny", dtype=torch.float64)
@@ -73,13 +65,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """A run of two steps in TP2 x PP2, whose Hugging Face model is gone afterwards."""
+    """A run of two steps in TP2 x PP2, whose Hugging Face model is gone afterwards.
+
+    Its training data are a parquet file with verl's columns.
+    """
     folder = tmp_path_factory.mktemp("trained")
+    problems = map(json.loads, (SAMPLE / "train.jsonl").read_text().splitlines())
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": problem["question"]}],
+            "reward_model": {"ground_truth": problem["answer"].split("#### ")[1], "style": "rule"},
+        }
+        for problem in problems
+    ]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     copy = shutil.copytree(model, folder / "Tiny")
     (folder / "run.yaml").write_text("name: run\noptimizer: {lr: 0.01}\n")
     (folder / "lengths.py").write_text(REWARD)
     layout = {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True}
-    reward = {"reward__function": "lengths:score"}
+    reward = {
+        "reward__function": "lengths:score",
+        "reward__overlong_penalty": 0.25,
+        "reward__format_pattern": "e",
+        "reward__format_bonus": 0.5,
+        "data__train_file": folder / "train.parquet",
+        "trainer__log_samples": 100,
+    }
     changes = arguments(copy, model__dtype="float64", **layout, **reward)
     done = proma("train", "run.yaml", *changes, cwd=folder, PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,6 +114,15 @@ def test_a_run_begins_with_the_models_weights_and_changes_them(
     assert float((ours - before).abs().max()) < 1e-9
     after = workers.run(1, logprobs_of, run=trained, parallel=ALONE, sequences=SEQUENCES)[0]
     assert float((after - before).abs().max()) > 1e-3
+
+
+def test_rewards_are_scores_with_bonus_and_penalty(trained: Path) -> None:
+    rows = list(map(json.loads, (trained / "samples.jsonl").read_text().splitlines()))
+    assert {row["finished"] for row in rows} == {False}  # a random policy has nothing to end
+    for row in rows:
+        text = row["completion"]
+        assert row["reward"] == len(text) % 5 / 4 + 0.5 * ("e" in text) - 0.25
+    assert len({"e" in row["completion"] for row in rows}) == 2
 
 
 def _theirs(path: Path) -> torch.Tensor:
@@ -253,7 +273,8 @@ def test_evaluation_counts_what_it_wrote(trained: Path, tmp_path: Path) -> None:
     assert {"pass@2", "pass@4"} <= figures.keys()
     # Samples of a problem differ, and a second run gives the same ones.
     assert len({row["completion"] for row in rows if row["problem"] == rows[0]["problem"]}) > 1
-    one_line(evaluate(trained, *chosen), "all.jsonl exists already", "--overwrite")
+    with pytest.raises(ConfigError, match=r"all\.jsonl exists already; give another"):
+        evaluate_saved(open_saved(trained), SAMPLE / "validation.jsonl", out, overwrite=False)
 
 
 KEPT = ("problem", "sample", "completion", "tokens", "finished")
@@ -292,36 +313,6 @@ def test_samples_do_not_depend_on_the_layout(trained: Path, tmp_path: Path) -> N
         found.append(completions(out))
     assert len(found[0]) == 15
     assert found[0] == found[1] == found[2]
-
-
-def test_parquet_math_bonus_and_a_users_limit(model: Path, tmp_path: Path) -> None:
-    """verl's columns, answers compared by math-verify, and an evaluation without a run."""
-    rows: list[dict[str, Any]] = [
-        {
-            "prompt": [{"role": "user", "content": f"What is {i} + 1?"}],
-            "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
-        }
-        for i in range(12)
-    ]
-    for name, part in (("train", rows[:8]), ("test", rows[8:])):
-        pyarrow.parquet.write_table(pa.Table.from_pylist(part), tmp_path / f"{name}.parquet")
-    files = {
-        "data__train_file": tmp_path / "train.parquet",
-        "data__validation_file": tmp_path / "test.parquet",
-    }
-    (tmp_path / "run.yaml").write_text(
-        "name: math\nreward: {function: math, format_bonus: 0.5, overlong_penalty: 0.25}\n"
-    )
-    done = proma("train", "run.yaml", *arguments(model, **files), cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = [
-        json.loads(line)
-        for line in (tmp_path / "runs" / "math" / "metrics.jsonl").read_text().splitlines()
-    ]
-    # A random policy says nothing right and stops late: what is left is the penalty.
-    expected = -0.25 * found[1]["rollout/truncated"]
-    assert found[1]["reward/mean"] == pytest.approx(expected)
-    assert found[1]["rollout/truncated"] > 0
 
 
 @pytest.mark.usefixtures("in_pool")

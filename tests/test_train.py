@@ -8,6 +8,9 @@ import pytest
 from support.command import proma
 
 from proma_megatron.cli import main
+from proma_megatron.config import ConfigError
+from proma_megatron.config_file import load_config
+from proma_megatron.launcher import train
 
 TINY = {
     "model.hidden_size": 32,
@@ -53,7 +56,7 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 
 def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
-    tmp_path: Path, config: Path
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = proma("train", str(config), *tiny(parallel__tensor=2), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -77,10 +80,9 @@ def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
     # Rank 1 is quiet: its output is in the logs, and empty or not, not on the screen.
     assert "rank1" not in done.stdout + done.stderr
 
-    again = proma("train", str(config), *tiny(parallel__tensor=2), cwd=tmp_path)
-    assert again.returncode == 2
-    assert "runs/tiny" in again.stderr
-    assert "--overwrite" in again.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="runs/tiny already holds a run; pass --resume or --over"):
+        train(load_config(config, tiny(parallel__tensor=2)), resume=False, overwrite=False)
     assert rows(run) == found
 
     longer = tiny(parallel__tensor=2, trainer__steps=3)

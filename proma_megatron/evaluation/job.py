@@ -8,11 +8,11 @@ from pathlib import Path
 from proma_megatron.config import ConfigError, RunConfig, Section, check_model_files
 from proma_megatron.jobs import (
     already_started,
+    as_started,
     is_first_rank,
     run_job,
     say,
     take_part,
-    with_replicas,
 )
 from proma_megatron.output import check_output, working_folder
 from proma_megatron.policy.huggingface import conversion_note, read_model
@@ -40,10 +40,7 @@ def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: boo
         RewardError, WorkerError: a rank failed.
     """
     adopt_slurm(os.environ)
-    config = saved.config
-    if already_started():
-        parallel = with_replicas(config.parallel, int(os.environ["WORLD_SIZE"]))
-        config = config.model_copy(update={"parallel": parallel})
+    config = as_started(saved.config)
     out = out or default_output(saved, data)
     problems = load_problems(data, config.data.columns)
     if is_first_rank():  # the one that writes

@@ -8,9 +8,9 @@ import torch
 
 from proma_megatron.batching.packing import loss_tokens, pack
 from proma_megatron.config import ProjectionConfig
+from proma_megatron.policy.gathering import gather
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import Policy
-from proma_megatron.policy.parameters import gather
 from proma_megatron.policy.schedule import forward_backward
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.accumulator import Accumulator

@@ -8,7 +8,7 @@ from pathlib import Path
 from proma_megatron.batching.batch_file import read_batch, write_batch
 from proma_megatron.config import GradientsConfig, check_layout
 from proma_megatron.exactness.job import GradientJob
-from proma_megatron.jobs import already_started, run_job, say, take_part, with_replicas
+from proma_megatron.jobs import already_started, as_started, run_job, say, take_part
 from proma_megatron.output import check_output, working_folder
 from proma_megatron.policy.huggingface import read_model
 from proma_megatron.slurm import adopt_slurm
@@ -23,9 +23,7 @@ def grads(weights: Path, batch: Path, out: Path, config: GradientsConfig) -> Non
     """
     adopt_slurm(os.environ)
     found = read_model(weights, config.model)
-    if already_started():
-        parallel = with_replicas(config.parallel, int(os.environ["WORLD_SIZE"]))
-        config = config.model_copy(update={"parallel": parallel})
+    config = as_started(config)
     check_layout(found.model, config.parallel)
     sequences = read_batch(batch, found.vocab_size)
     check_output(out, [batch, *weights.iterdir()])

@@ -11,11 +11,11 @@ from proma_megatron.config import ConfigError, RunConfig, Section
 from proma_megatron.export.files import write_companions
 from proma_megatron.jobs import (
     already_started,
+    as_started,
     is_first_rank,
     run_job,
     say,
     take_part,
-    with_replicas,
 )
 from proma_megatron.output import working_folder
 from proma_megatron.rollout.source import load_tokenizer
@@ -48,16 +48,14 @@ def export(saved: Saved, out: Path, dtype: Dtype | None, shard_size: str) -> Non
         WorkerError: a rank failed; ``out`` is not there then.
     """
     adopt_slurm(os.environ)
-    config = saved.config
+    config = as_started(saved.config)
     if saved.checkpoint is None:
         raise ConfigError(
             f"{config.model.path} is a Hugging Face directory already; give a run or a checkpoint"
         )
-    if already_started():
-        parallel = with_replicas(config.parallel, int(os.environ["WORLD_SIZE"]))
-    else:  # other replicas would have nothing to give
-        parallel = config.parallel.model_copy(update={"data": 1})
-    config = config.model_copy(update={"parallel": parallel})
+    if not already_started():  # other replicas would have nothing to give
+        one = config.parallel.model_copy(update={"data": 1})
+        config = config.model_copy(update={"parallel": one})
     _check_size(shard_size)
     given, out = out, out.resolve()
     if is_first_rank():

@@ -20,9 +20,10 @@ from proma_megatron.checkpoint import load_policy
 from proma_megatron.config import ConfigError
 from proma_megatron.export.job import ExportJob
 from proma_megatron.jobs import in_layout, serve
+from proma_megatron.policy.gathering import gather_each
 from proma_megatron.policy.hf_config import CONFIG
 from proma_megatron.policy.huggingface import INDEX
-from proma_megatron.policy.parameters import gather_each, tensor_shapes
+from proma_megatron.policy.parameters import tensor_shapes
 from proma_megatron.topology import Topology
 
 

@@ -237,7 +237,7 @@ def test_rows_end_at_eos_and_dropping_them_from_the_cache_changes_nothing(
     assert len(set(ends)) >= 3, "the choice of EOS shows nothing"
     assert len(ends) < len(ALL)
     cases = [
-        Case(replace(SAMPLED, batch_size=size), ALL, eos, keep)
+        Case(replace(SAMPLED, batch_size=size), ALL, eos, keep_fraction=keep)
         for keep in (0.0, 0.75, 1.0)
         for size in (8, 3)
     ]
@@ -245,11 +245,22 @@ def test_rows_end_at_eos_and_dropping_them_from_the_cache_changes_nothing(
         assert_same(decoded.completions, expected)
 
 
+def test_any_of_several_tokens_ends_a_row(workers: WorkerPool, endless: list[Completion]) -> None:
+    """A chat model ends a turn or a text; whichever comes first."""
+    eos = uneven_eos(endless)
+    other = next(t for c in endless if eos not in c.tokens for t in c.tokens if t != eos)
+    expected = [min(cut(c, eos), cut(c, other), key=lambda c: len(c.tokens)) for c in endless]
+    assert {c.tokens[-1] for c in expected if c.finished} == {eos, other}
+    cases = [Case(SAMPLED, ALL, *stops) for stops in ((eos, (other,)), (other, (eos,)))]
+    for decoded in run(workers, ParallelConfig(pipeline=2), cases, FEW)[-1]:
+        assert_same(decoded.completions, expected)
+
+
 def test_the_cache_holds_the_rows_that_its_threshold_asks_for(
     workers: WorkerPool, endless: list[Completion]
 ) -> None:
     eos = uneven_eos(endless)
-    cases = [Case(SAMPLED, ALL, eos, keep) for keep in (0.0, 0.75, 1.0)]
+    cases = [Case(SAMPLED, ALL, eos, keep_fraction=keep) for keep in (0.0, 0.75, 1.0)]
     (found,) = run(workers, ParallelConfig(), cases, FEW)
     never, some, always = ([batch for batch, _ in decoded.decoding] for decoded in found)
     lengths = [len(cut(completion, eos).tokens) for completion in endless]
@@ -272,7 +283,7 @@ def test_decoding_stops_when_every_row_has_ended(
     assert len(rows) >= 2
     for parallel in (ParallelConfig(), LAYOUTS["PP2"]):
         for keep in (0.0, 1.0):
-            ranks = run(workers, parallel, [Case(SAMPLED, rows, eos, keep)], FEW)
+            ranks = run(workers, parallel, [Case(SAMPLED, rows, eos, keep_fraction=keep)], FEW)
             for (decoded,) in ranks:
                 assert len(decoded.decoding) == max(lengths[i] for i in rows) < NEW
                 assert all(completion.finished for completion in decoded.completions)

@@ -10,10 +10,10 @@ import torch
 from proma_megatron.batching.packing import pack
 from proma_megatron.checkpoint import WeightSnapshot, load_checkpoint, save_checkpoint
 from proma_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from proma_megatron.policy.gathering import gather
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.parameters import gather
 from proma_megatron.policy.schedule import forward_backward
 from proma_megatron.topology import Topology, layout
 from support.gradients import VOCAB, random_batch

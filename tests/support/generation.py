@@ -11,9 +11,9 @@ import torch
 
 from proma_megatron.batching.packing import pack
 from proma_megatron.config import ModelConfig, ParallelConfig
+from proma_megatron.policy.gathering import gather
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.parameters import gather
 from proma_megatron.policy.schedule import evaluate_logprobs, forward_backward
 from proma_megatron.records import Microbatch, TrainingSequence
 from proma_megatron.rollout import generator
@@ -31,6 +31,7 @@ class Case:
     options: SamplingOptions
     rows: tuple[int, ...]
     eos: int = NO_EOS
+    also: tuple[int, ...] = ()  # other tokens that end a completion
     keep_fraction: float = generator.KEEP_FRACTION
 
 
@@ -56,8 +57,9 @@ def generations(
         for case in cases:
             rows = list(case.rows)
             with _watched(case.keep_fraction) as decoding:
+                stops = [case.eos, *case.also]
                 completions = generate(
-                    policy, [prompts[i] for i in rows], noise[rows], [case.eos], case.options
+                    policy, [prompts[i] for i in rows], noise[rows], stops, case.options
                 )
             found.append(Decoded(completions, decoding))
         return found

@@ -14,10 +14,11 @@ from megatron.core.distributed import finalize_model_grads
 from proma_megatron.batching.packing import pack
 from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
 from proma_megatron.exactness.accumulate import denominator, projected_gradients, replica_share
+from proma_megatron.policy.gathering import gather
 from proma_megatron.policy.logprobs import vocab_parallel_logprobs
 from proma_megatron.policy.losses import LossOptions, policy_loss
 from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.parameters import fill, gather, tensor_shapes
+from proma_megatron.policy.parameters import fill, tensor_shapes
 from proma_megatron.policy.schedule import forward_backward
 from proma_megatron.projection import solver
 from proma_megatron.projection.accumulator import Accumulator

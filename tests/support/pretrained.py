@@ -16,8 +16,8 @@ from proma_megatron.checkpoint import load_policy
 from proma_megatron.config import RunConfig
 from proma_megatron.config_file import validate_config
 from proma_megatron.policy import huggingface
+from proma_megatron.policy.gathering import gather
 from proma_megatron.policy.model import Policy
-from proma_megatron.policy.parameters import gather
 from proma_megatron.policy.schedule import evaluate_logprobs
 from proma_megatron.records import Microbatch, TrainingSequence
 from proma_megatron.topology import layout

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from proma_megatron.config import ModelConfig, ParallelConfig
+from proma_megatron.policy.gathering import gather
 from proma_megatron.policy.model import build_policy
-from proma_megatron.policy.parameters import Run, fill, gather, parameter_shards
+from proma_megatron.policy.parameters import Run, fill, parameter_shards
 from proma_megatron.topology import layout
 from support.gradients import VOCAB, random_weights
 

@@ -9,10 +9,11 @@ import torch
 
 from proma_megatron.batching.packing import loss_tokens, pack
 from proma_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from proma_megatron.policy.gathering import gather
 from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.parameters import ParameterShard, gather
+from proma_megatron.policy.parameters import ParameterShard
 from proma_megatron.policy.schedule import Sums, evaluate_logprobs, forward_backward
 from proma_megatron.records import Microbatch, TrainingSequence
 from proma_megatron.topology import layout
