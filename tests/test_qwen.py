@@ -45,6 +45,8 @@ FAST = {
 }
 
 
+# Scored without a process, which a rank of the pool may not start.
+PLAIN_REWARD = ["reward.function=gsm8k", "reward.format_pattern=null"]
 LAYOUT = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"]
 ALONE = {"tensor": 1, "pipeline": 1, "sequence": "false"}
 # A reward that a random policy gets now and then.
@@ -291,7 +293,7 @@ def test_validation_is_the_same_code_in_every_layout(trained: Path, tmp_path: Pa
     """What the run wrote after its last step is what `proma eval` finds there, greedily."""
     data, step = SAMPLE / "validation.jsonl", trained / "evaluation" / "step_000002.jsonl"
     for parallel in ([], [*LAYOUT, "parallel.data=2"]):
-        saved = open_saved(trained, ["reward.function=gsm8k", *parallel])
+        saved = open_saved(trained, [*PLAIN_REWARD, *parallel])
         evaluate_saved(saved, data, tmp_path / "again.jsonl", overwrite=True)
         assert completions(tmp_path / "again.jsonl") == completions(step)
     row = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
@@ -307,7 +309,7 @@ def test_samples_do_not_depend_on_the_layout(trained: Path, tmp_path: Path) -> N
     data.write_text("".join((SAMPLE / "validation.jsonl").open().readlines()[:5]))
     found = []
     for parallel in ([], ["rollout.batch_size=6"], ["rollout.batch_size=6", "parallel.data=2"]):
-        changes = ["evaluation.samples=3", "reward.function=gsm8k", *LAYOUT, *parallel]
+        changes = ["evaluation.samples=3", *PLAIN_REWARD, *LAYOUT, *parallel]
         changes.append("rollout.max_prompt_tokens=300")
         evaluate_saved(open_saved(trained, changes), data, out, overwrite=True)
         found.append(completions(out))
