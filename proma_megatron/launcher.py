@@ -62,19 +62,19 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
             "optimizer.distributed is true with --resume, which Megatron-Core 0.19 can't load "
             "with torch's Adam; resume needs a run with optimizer.distributed=false"
         )
-    note = None
+    notes: list[str | None] = []
     check_data_files(config)
     check_reward(config.reward, config.rollout.max_new_tokens)
     if not resume:  # with which the weights come from a checkpoint
         check_model_files(config)
         if config.model.path is not None:
-            note = conversion_note(read_model(config.model.path, config.model))
+            notes.append(conversion_note(read_model(config.model.path, config.model)))
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "tokenizer.model"
         if resume and RunDir(config.run_dir).tokenizer.is_file():
             trained = RunDir(config.run_dir).tokenizer
         data = prepare_data(with_own_tokenizer(config) if resume else config, trained)
-        check_references(config, data)
+        check_references(config.reward.function, (*data.train.all(), *data.validation))
         check_demonstrations(config, data)
         run_dir = prepare_run_dir(config.run_dir, resume, overwrite)
         if trained.is_file() and trained != run_dir.tokenizer:
@@ -82,7 +82,7 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
     if not resume:
         keep_companions(config, run_dir)
     run_dir.config.write_text(dump_config(config))
-    for text in (*data.notes, *([note] if note else [])):
+    for text in filter(None, (*notes, *data.notes)):
         print(f"{config.name}: {text}", flush=True)
     return run_dir
 

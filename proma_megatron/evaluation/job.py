@@ -18,7 +18,7 @@ from proma_megatron.output import check_output, working_folder
 from proma_megatron.policy.huggingface import conversion_note, read_model
 from proma_megatron.rollout.datasets import load_problems
 from proma_megatron.rollout.rewards import check_reward
-from proma_megatron.rollout.source import check_reads, load_tokenizer, make_prompts
+from proma_megatron.rollout.source import check_references, load_tokenizer, make_prompts
 from proma_megatron.saved import Saved
 from proma_megatron.slurm import adopt_slurm
 
@@ -49,16 +49,15 @@ def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: boo
         check_output(out, [data])
     check_model_files(config)
     check_reward(config.reward, config.rollout.max_new_tokens)
+    notes: list[str | None] = []
     if saved.checkpoint is None:
         assert config.model.path is not None
         found = read_model(config.model.path, config.model, compare_head=is_first_rank())
-        notes = [conversion_note(found)]
-    else:
-        notes = []
+        notes.append(conversion_note(found))
     tokenizer = load_tokenizer(config, Path(os.devnull), ())
     prompts, note = make_prompts(problems, "evaluation", config, tokenizer)
-    for prompt in prompts:
-        check_reads(config.reward.function, prompt.problem)
+    if is_first_rank():
+        check_references(config.reward.function, prompts)
     for text in filter(None, (*notes, note)):
         say(text)
     job = EvaluationJob(config=config, checkpoint=saved.checkpoint, data=data, out=out)

@@ -165,19 +165,20 @@ def make_prompts(
     )
 
 
-def check_references(config: RunConfig, data: Data) -> None:
-    """Whether math-verify reads every reference; ConfigError if not. Once a run: it takes time."""
-    for prompt in (*data.train.all(), *data.validation):
-        check_reads(config.reward.function, prompt.problem)
+def check_references(function: str, prompts: Iterable[Prompt]) -> None:
+    """Whether math-verify, if it scores, reads every reference; ConfigError if not.
 
-
-def check_reads(function: str, problem: Problem) -> None:
-    """Whether the reward function finds an answer in the reference; ConfigError if not."""
-    if function == "math" and not holds_answer(problem.answer):
-        raise ConfigError(
-            f"problem '{problem.id}' has the reference {problem.answer!r}, in which math-verify "
-            "finds no answer; mend the reference or remove the problem"
-        )
+    It parses all of them, so it runs once a run and not on every rank.
+    """
+    if function != "math":
+        return
+    for prompt in prompts:
+        problem = prompt.problem
+        if not holds_answer(problem.answer):
+            raise ConfigError(
+                f"problem '{problem.id}' has the reference {problem.answer!r}, in which "
+                "math-verify finds no answer; mend the reference or remove the problem"
+            )
 
 
 def check_demonstrations(config: RunConfig, data: Data) -> None:

@@ -193,28 +193,34 @@ def training_peak(
     device: torch.device, config: RunConfig, vocab_size: int, microbatches: int
 ) -> tuple[int, int]:
     """This rank's stage, and the peak of one optimizer step's microbatches, all of full size."""
-    with layout(config.parallel, device, 0) as topology:
-        policy = _policy(config, vocab_size, topology)
-        accumulator = _accumulator(config, policy)
-        options = LossOptions("unit" if accumulator else "reinforce")
-        batches = full_microbatches(config, vocab_size, microbatches, topology)
-        with LiveBytes() as live:
-            forward_backward(policy, batches, options, accumulator=accumulator)
-        return topology.pipeline.rank, live.peak
+    live = LiveBytes()
+    return _train_under(live, device, config, vocab_size, microbatches), live.peak
 
 
 def sent_in_training(
     device: torch.device, config: RunConfig, vocab_size: int, microbatches: int
 ) -> tuple[int, dict[str, int]]:
     """This rank's stage, and what it sends while gradients are computed, by collective."""
+    sent = SentBytes()
+    return _train_under(sent, device, config, vocab_size, microbatches), sent.sent
+
+
+def _train_under(
+    mode: LiveBytes | SentBytes,
+    device: torch.device,
+    config: RunConfig,
+    vocab_size: int,
+    microbatches: int,
+) -> int:
+    """Gradients of full microbatches, watched by ``mode``; this rank's stage."""
     with layout(config.parallel, device, 0) as topology:
         policy = _policy(config, vocab_size, topology)
         accumulator = _accumulator(config, policy)
         options = LossOptions("unit" if accumulator else "reinforce")
         batches = full_microbatches(config, vocab_size, microbatches, topology)
-        with SentBytes() as mode:
+        with mode:
             forward_backward(policy, batches, options, accumulator=accumulator)
-        return topology.pipeline.rank, mode.sent
+        return topology.pipeline.rank
 
 
 @dataclass(frozen=True)
