@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.config import RunConfig
-from proma_megatron.policy.hf_config import CONFIG, read_json, write_config
+from proma_megatron.config import ConfigError, ModelConfig, RunConfig
+from proma_megatron.policy.hf_config import CONFIG, read_json, read_shape, write_config
 from proma_megatron.rollout.hf_tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from proma_megatron.rollout.tokenizer import SentencePieceTokenizer, Tokenizer
 from proma_megatron.run_dir import RunDir
@@ -57,7 +57,7 @@ def write_companions(
     """
     assert saved.run is not None
     kept = saved.run.huggingface
-    if (kept / CONFIG).is_file():
+    if _describes(kept, saved.config.model):
         fields = read_json(kept, CONFIG)
         fields["dtype"] = dtype
         if "torch_dtype" in fields:  # as transformers before 5 wrote it
@@ -78,6 +78,17 @@ def write_companions(
         return _write_sentencepiece(out, source, tokenizer)
     _copy(source, out, TOKENIZER_FILES)
     return []
+
+
+def _describes(kept: Path, model: ModelConfig) -> bool:
+    """Whether the config.json there is this model's; that of a mere tokenizer is another's."""
+    if not (kept / CONFIG).is_file():
+        return False
+    try:
+        shape = read_shape(kept)
+    except ConfigError:  # of an architecture that is not ours
+        return False
+    return all(getattr(model, key) == value for key, value in shape.items())
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, Any]:
