@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -128,24 +127,3 @@ def _sharded(policy: Policy, optimizer: Optimizer | None, *, loading: bool) -> d
         )
         state["scheduler"] = optimizer.scheduler.state_dict()
     return state
-
-
-class WeightSnapshot:
-    """A copy of this rank's weights, kept on the CPU, that can stand in for the current ones."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self._saved = [shard.parameter.detach().cpu().clone() for shard in policy.shards]
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for shard, saved in zip(self.policy.shards, self._saved, strict=True):
-            current = shard.parameter.detach().cpu().clone()
-            shard.parameter.copy_(saved)
-            saved.copy_(current)

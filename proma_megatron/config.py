@@ -6,10 +6,8 @@ names the value, what was expected and the fix.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +17,9 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+
+from proma_megatron.algorithms import RULES
+from proma_megatron.config_rules import layout_problems, run_problems, training_problems
 
 
 class ConfigError(ValueError):
@@ -131,6 +132,9 @@ class RolloutConfig(Section):
     max_prompt_tokens: PositiveInt = 96
     max_new_tokens: PositiveInt = 48
     batch_size: PositiveInt = 128  # sequences that decode at the same time on one replica
+    # Further rounds of prompts in place of groups whose rewards are all equal (DAPO's dynamic
+    # sampling); what is missing after the last round is filled with such groups. 0: off.
+    resampling_rounds: NonNegativeInt = 0
 
 
 class RewardConfig(Section):
@@ -148,26 +152,81 @@ class RewardConfig(Section):
 
 
 class AdvantageConfig(Section):
-    normalize_std: bool = False  # divide by the group's standard deviation
+    """How rewards become advantages; `batching/advantages/` has the formulas."""
+
+    estimator: Literal["group", "rloo", "leave_one_out", "reinforce_plus_plus", "stratified"] = (
+        "group"
+    )
+    # Divide by the standard deviation: of the group (group, stratified: of the stratum), of the
+    # other samples (leave_one_out). Null: only reinforce_plus_plus does, by the batch's.
+    normalize_std: bool | None = None
+    stratum: Literal["finished", "timed_out", "length"] = "length"  # key of a sample; stratified
+    blend: Annotated[float, Field(ge=0, le=1)] = 1.0  # stratified: the rest is the group's
+
+
+class KLConfig(Section):
+    """A penalty on the divergence from a reference policy; the coefficient 0 turns it off.
+
+    With ``target`` the coefficient is halved after a step whose divergence was below target / 1.5,
+    and doubled after one above 1.5 * target (PPO, arXiv:1707.06347, section 4).
+    """
+
+    coefficient: NonNegativeFloat = 0.0
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    place: Literal["loss", "reward"] = "loss"
+    # "initial": the policy that RL started from; "rollout": the one that sampled, as PPO does.
+    reference: Literal["initial", "rollout"] = "initial"
+    target: PositiveFloat | None = None
+
+
+LossKind = Literal["reinforce", "ppo", "grpo", "dr_grpo", "cispo", "gspo"]
 
 
 class LossConfig(Section):
-    """`importance`: weight tokens by the unclipped ratio to the rollout policy (not for grpo).
+    """The policy loss. Null stands for the algorithm's own, see `algorithms.py`."""
 
-    "auto" does so when a rollout batch is split into several minibatches; the first update of a
-    batch is on-policy and needs none.
-    """
-
+    # proma, intra_proma and isopo take reinforce, or another that their accumulation can carry.
+    kind: LossKind | None = None
+    # reinforce: weight tokens by the unclipped ratio to the rollout policy. "auto" does so when a
+    # rollout batch is split into several minibatches; the first update of a batch is on-policy.
     importance: Literal["auto", "on", "off"] = "auto"
-    clip_low: NonNegativeFloat = 0.2  # grpo: ratio >= 1 - clip_low
-    clip_high: NonNegativeFloat = 0.2  # grpo: ratio <= 1 + clip_high
+    clip: bool = True  # false: the unclipped surrogate, as with PPO's KL penalty
+    clip_low: NonNegativeFloat | None = None  # ratio >= 1 - clip_low
+    clip_high: NonNegativeFloat | None = None  # ratio <= 1 + clip_high
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    ratio: Literal["token", "sequence"] | None = None  # what is clipped: of a token or a sequence
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
+    # sequence_sum: what the sum of a sequence's tokens is divided by; null: max_new_tokens.
+    aggregation_constant: PositiveFloat | None = None
+    entropy: NonNegativeFloat = 0.0  # coefficient of the entropy bonus
+    kl: KLConfig = KLConfig()
+    # Weight tokens by pi_trainer / pi_generator of the sampling policy, truncated at mismatch_cap,
+    # by token or by sequence; the trainer's log-probabilities cost a forward pass a step.
+    mismatch: Literal["off", "token", "sequence"] = "off"
+    mismatch_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+
+
+Algorithm = Literal[
+    "proma", "intra_proma", "isopo", "reinforce", "ppo", "grpo", "dr_grpo", "cispo", "gspo"
+]
 
 
 class ProjectionConfig(Section):
-    """The projected accumulation; `rule: none` is Megatron's own accumulation, untouched."""
+    """What happens to gradients while they accumulate; `rule: none` is Megatron's own way.
 
-    rule: Literal["exact", "iterative", "ridge", "none"] = "exact"
-    bound: NonNegativeFloat | None = 0.5  # removed part at most bound * |P|; null: unbounded
+    exact, iterative and ridge are PROMA's: they project what has been accumulated. subspace is
+    Intra-PROMA's: it projects the microbatch's own gradient. norm and kernel are ISOPO's: they
+    change the advantages of a microbatch by unit. Only what a rule uses counts.
+    """
+
+    rule: Literal["exact", "iterative", "ridge", "subspace", "norm", "kernel", "none"] = (
+        "exact"  # in a run without one: the algorithm's first
+    )
+    # Removed part at most bound * |P|, P the microbatch's own gradient; null: unbounded.
+    bound: NonNegativeFloat | None = 0.5
+    rank: PositiveInt = 8  # subspace: dimension of each dominant subspace
+    sides: Literal["both", "input", "output"] = "both"  # subspace: whose directions are removed
+    regularization: PositiveFloat = 1.0  # kernel, norm: relative to the mean eigenvalue of K
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 1.0
     parameters: Literal["all", "linear"] = "all"
     unit: Literal["huggingface", "megatron"] = "huggingface"
@@ -175,8 +234,15 @@ class ProjectionConfig(Section):
     workspace_mb: PositiveInt = 512  # for materialized sequence gradients of one layer
 
     @property
+    def acts_alone(self) -> bool:
+        """Whether the rule changes a microbatch's own gradient, whatever came before it."""
+        return self.rule in (*RULES["intra_proma"], *RULES["isopo"])
+
+    @property
     def active(self) -> bool:
-        """Whether anything can be removed; if not, Megatron's own accumulation runs."""
+        """Whether anything can change; if not, Megatron's own accumulation runs."""
+        if self.rule in RULES["isopo"]:
+            return True
         return self.rule != "none" and self.shrinkage > 0 and self.bound != 0
 
 
@@ -186,6 +252,10 @@ class BatchingConfig(Section):
     # microbatch is one prompt's group.
     sequences_per_microbatch: PositiveInt | None = None
     minibatches: PositiveInt = 1  # optimizer steps per rollout batch
+    # A sequence of advantage 0 adds nothing to the policy loss, but what others accumulated is made
+    # orthogonal to it, as in the paper. "drop" saves its forward and backward; entropy and mismatch
+    # are then measured on the others only.
+    zero_advantage: Literal["keep", "drop"] = "keep"
 
 
 class OptimizerConfig(Section):
@@ -230,9 +300,15 @@ class EvaluationConfig(Section):
 
 
 class TrainerConfig(ProcessConfig):
-    steps: PositiveInt = 50
+    steps: NonNegativeInt = 50  # 0: only the warm start
     eval_every: NonNegativeInt = 20  # accuracy on the validation split; 0: only before and after
-    kl_every: NonNegativeInt = 1  # KL to the policy that RL started from; 0: only at the end
+    # KL to earlier policies, a forward pass each. To the one that RL started from; 0: only at the
+    # end.
+    kl_every: NonNegativeInt = 1
+    kl_step_every: NonNegativeInt = 0  # from before a step to after it; 0: never
+    # To the mean of the weights of the last lag_steps steps, a copy in host memory; 0: never.
+    kl_lagged_every: NonNegativeInt = 0
+    lag_steps: PositiveInt = 40
     save_every: NonNegativeInt = 0  # 0: only before RL and after the last step
     log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
 
@@ -245,7 +321,7 @@ class RunConfig(Section):
     root: UserPath = Path("runs")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    algorithm: Literal["proma", "reinforce", "grpo"] = "proma"
+    algorithm: Algorithm = "proma"
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -268,21 +344,34 @@ class RunConfig(Section):
 
     @property
     def projects(self) -> bool:
-        """Whether weight gradients go through the projected accumulator."""
-        return self.algorithm == "proma" and self.projection.active
+        """Whether weight gradients go through the accumulator."""
+        return self.algorithm in RULES and self.projection.active
 
     @property
     def max_sequence_length(self) -> int:
         return self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_rule(cls, tree: Any) -> Any:
+        """The algorithm's rule, where the tree names none."""
+        if not isinstance(tree, dict):
+            return tree
+        algorithm = tree.get("algorithm", "proma")
+        rules = RULES.get(algorithm) if isinstance(algorithm, str) else None
+        projection = tree.get("projection") or {}
+        if rules is None or not isinstance(projection, dict) or "rule" in projection:
+            return tree
+        return {**tree, "projection": {**projection, "rule": rules[0]}}
+
     @model_validator(mode="after")
     def _check_together(self, info: ValidationInfo) -> RunConfig:
-        for problem in _layout_problems(self.model, self.parallel):
+        for problem in layout_problems(self.model, self.parallel):
             raise ValueError(problem)
-        for problem in _run_problems(self):
+        for problem in run_problems(self):
             raise ValueError(problem)
         if info.context == TRAINING:
-            for problem in _training_problems(self):
+            for problem in training_problems(self):
                 raise ValueError(problem)
         return self
 
@@ -328,113 +417,5 @@ def check_model_files(config: RunConfig) -> None:
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Whether this model can be cut into this layout; ConfigError if not."""
-    for problem in _layout_problems(model, parallel):
+    for problem in layout_problems(model, parallel):
         raise ConfigError(problem)
-
-
-def _layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """What keeps this model from being cut into this layout."""
-    tp, pp, vpp = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
-    if model.heads % tp:
-        yield (
-            f"model.heads is {model.heads}, which parallel.tensor={tp} does not divide; "
-            f"use a tensor size out of {_divisors(model.heads)}"
-        )
-    if model.kv_heads % tp and tp % model.kv_heads:
-        yield (
-            f"model.kv_heads is {model.kv_heads} and parallel.tensor is {tp}, expected one to "
-            f"divide the other; use a tensor size out of {_divisors(model.kv_heads)} or a multiple "
-            f"of {model.kv_heads}"
-        )
-    if model.heads % model.kv_heads:
-        yield (
-            f"model.kv_heads is {model.kv_heads}, expected a divisor of model.heads={model.heads}; "
-            f"use one of {_divisors(model.heads)}"
-        )
-    if model.head_dim % 2:
-        yield f"model.head_dim is {model.head_dim}, expected an even number for rotary embeddings"
-    if model.ffn_hidden_size % tp:
-        yield (
-            f"model.ffn_hidden_size is {model.ffn_hidden_size}, which parallel.tensor={tp} does "
-            f"not divide; use a multiple of {tp}"
-        )
-    if parallel.sequence and tp == 1:
-        yield "parallel.sequence is true with parallel.tensor=1; use a tensor size of at least 2"
-    if vpp is not None and pp == 1:
-        yield (
-            f"parallel.virtual_pipeline is {vpp} with parallel.pipeline=1; use at least 2 pipeline "
-            "stages, or null"
-        )
-    if model.layers % (pp * (vpp or 1)):
-        stages = f"parallel.pipeline={pp}" + (f" x virtual_pipeline={vpp}" if vpp else "")
-        yield (
-            f"model.layers is {model.layers}, which {stages} does not divide; use a number of "
-            f"layers that is a multiple of {pp * (vpp or 1)}"
-        )
-
-
-def _training_problems(config: RunConfig) -> Iterator[str]:
-    """What keeps an RL step from being cut into prompts, groups and microbatches."""
-    batch, rollout = config.batching, config.rollout
-    budgeted = batch.sequences_per_microbatch is None
-    if budgeted and batch.tokens_per_microbatch < config.max_sequence_length:
-        yield (
-            f"batching.tokens_per_microbatch is {batch.tokens_per_microbatch}, but a sequence may "
-            f"have {config.max_sequence_length} tokens (rollout.max_prompt_tokens + "
-            f"rollout.max_new_tokens); use at least {config.max_sequence_length}"
-        )
-    if rollout.samples_per_prompt < 2:
-        yield (
-            f"rollout.samples_per_prompt is {rollout.samples_per_prompt}, expected at least 2: "
-            "advantages are relative to the other samples of a prompt"
-        )
-    data_parallel = config.parallel.data or 1
-    if rollout.prompts_per_step % (data_parallel * batch.minibatches):
-        yield (
-            f"rollout.prompts_per_step is {rollout.prompts_per_step}, expected a multiple of "
-            f"parallel.data x batching.minibatches = {data_parallel * batch.minibatches}"
-        )
-
-
-def _run_problems(config: RunConfig) -> Iterator[str]:
-    if config.optimizer.distributed and config.model.dtype == "float64":
-        yield (
-            "optimizer.distributed is true with model.dtype=float64, which Megatron's distributed "
-            "optimizer does not take; use float32 or bfloat16"
-        )
-    if config.optimizer.min_lr > config.optimizer.lr:
-        yield (
-            f"optimizer.min_lr is {config.optimizer.min_lr}, expected at most "
-            f"optimizer.lr={config.optimizer.lr}"
-        )
-    if config.data.train_file is not None and config.data.validation_file is None:
-        yield "data.train_file is set without data.validation_file; give both, or neither"
-    if config.data.validation_file is not None and config.data.train_file is None:
-        yield "data.validation_file is set without data.train_file; give both, or neither"
-    if (config.data.columns.prompt is None) != (config.data.columns.answer is None):
-        yield (
-            "data.columns.prompt and data.columns.answer go together, but only one is set; give "
-            "both, or neither"
-        )
-    yield from _reward_problems(config.reward)
-
-
-def _reward_problems(reward: RewardConfig) -> Iterator[str]:
-    if reward.format_pattern is not None:
-        try:
-            re.compile(reward.format_pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield (
-                f"reward.format_pattern is {reward.format_pattern!r}, expected a regular "
-                f"expression; mend it: {error}"
-            )
-    module, _, name = reward.function.partition(":")
-    if reward.function not in ("gsm8k", "math") and not (module and name):
-        yield (
-            f"reward.function is '{reward.function}', expected 'gsm8k', 'math' or "
-            "'package.module:function'"
-        )
-
-
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]

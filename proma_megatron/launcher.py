@@ -62,6 +62,39 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
             "optimizer.distributed is true with --resume, which Megatron-Core 0.19 can't load "
             "with torch's Adam; resume needs a run with optimizer.distributed=false"
         )
+    with tempfile.TemporaryDirectory() as folder:
+        trained = Path(folder) / "tokenizer.model"
+        if resume and RunDir(config.run_dir).tokenizer.is_file():
+            trained = RunDir(config.run_dir).tokenizer
+        notes = _check(config, trained, resume=resume)
+        run_dir = prepare_run_dir(config.run_dir, resume, overwrite)
+        if trained.is_file() and trained != run_dir.tokenizer:
+            shutil.copyfile(trained, run_dir.tokenizer)
+    if not resume:
+        keep_companions(config, run_dir)
+    run_dir.config.write_text(dump_config(config))
+    for text in notes:
+        print(f"{config.name}: {text}", flush=True)
+    return run_dir
+
+
+def check_run(config: RunConfig) -> None:
+    """Whether a run of this configuration could start here; nothing is made or removed.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    check_precision(config, choose_device(config.device, config.parallel.world_size))
+    with tempfile.TemporaryDirectory() as folder:
+        _check(config, Path(folder) / "tokenizer.model", resume=False)
+
+
+def _check(config: RunConfig, trained: Path, *, resume: bool) -> list[str]:
+    """Check everything that the run reads; notes for the user.
+
+    Args:
+        trained: where a tokenizer that the run trains itself is, or is written to.
+    """
     notes: list[str | None] = []
     check_data_files(config)
     check_reward(config.reward, config.rollout.max_new_tokens)
@@ -69,22 +102,10 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
         check_model_files(config)
         if config.model.path is not None:
             notes.append(conversion_note(read_model(config.model.path, config.model)))
-    with tempfile.TemporaryDirectory() as folder:
-        trained = Path(folder) / "tokenizer.model"
-        if resume and RunDir(config.run_dir).tokenizer.is_file():
-            trained = RunDir(config.run_dir).tokenizer
-        data = prepare_data(with_own_tokenizer(config) if resume else config, trained)
-        check_references(config.reward.function, (*data.train.all(), *data.validation))
-        check_demonstrations(config, data)
-        run_dir = prepare_run_dir(config.run_dir, resume, overwrite)
-        if trained.is_file() and trained != run_dir.tokenizer:
-            shutil.copyfile(trained, run_dir.tokenizer)
-    if not resume:
-        keep_companions(config, run_dir)
-    run_dir.config.write_text(dump_config(config))
-    for text in filter(None, (*notes, *data.notes)):
-        print(f"{config.name}: {text}", flush=True)
-    return run_dir
+    data = prepare_data(with_own_tokenizer(config) if resume else config, trained)
+    check_references(config.reward.function, (*data.train.all(), *data.validation))
+    check_demonstrations(config, data)
+    return [note for note in (*notes, *data.notes) if note]
 
 
 def _start_workers(config: RunConfig, *, resume: bool, overwrite: bool) -> None:

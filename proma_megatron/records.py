@@ -89,7 +89,9 @@ class TrainingSequence:
     """One sequence as the trainer sees it; every tuple has length L.
 
     ``loss_mask[i] = 1`` counts the log-probability of token i given those before it, so position 0
-    never counts. ``old_logprobs`` are the rollout's, 0 where the mask is 0.
+    never counts. ``old_logprobs`` are the sampling policy's, by the generator or, with
+    ``loss.mismatch``, by the trainer; ``reference_logprobs`` those of a KL penalty's fixed
+    reference. Both are 0 where the mask is 0.
     """
 
     tokens: tuple[int, ...]
@@ -97,10 +99,11 @@ class TrainingSequence:
     advantage: float
     old_logprobs: tuple[float, ...]
     token_weights: tuple[float, ...] | None = None  # None means 1 everywhere
+    reference_logprobs: tuple[float, ...] | None = None  # None: there is no such reference
 
     def __post_init__(self) -> None:
         length = len(self.tokens)
-        for name in ("loss_mask", "old_logprobs", "token_weights"):
+        for name in ("loss_mask", "old_logprobs", "token_weights", "reference_logprobs"):
             value = getattr(self, name)
             if value is not None and len(value) != length:
                 raise ValueError(
@@ -141,13 +144,19 @@ class Sequences:
         """One value a sequence (k,) -> one a token (T,), 0 on padding."""
         return torch.cat([values, values.new_zeros(1)])[self.owner]
 
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """One value a token (T,) -> their sum by sequence (k,); padding counts nowhere."""
+        offsets = torch.tensor(self.offsets, device=values.device)
+        return torch.segment_reduce(values[: self.offsets[-1]], "sum", offsets=offsets)
+
 
 @dataclass(frozen=True)
 class Microbatch:
     """k sequences packed one after the other, as tensors on the run's device.
 
-    Targets are shifted: entry t of ``labels``, ``loss_mask``, ``weights`` and ``old_logprobs``
-    speaks of the token that position t predicts, so the last position of a sequence has mask 0.
+    Targets are shifted: entry t of ``labels``, ``loss_mask``, ``weights``, ``old_logprobs`` and
+    ``reference_logprobs`` speaks of the token that position t predicts, so the last position of a
+    sequence has mask 0.
     """
 
     index: int  # 0..M-1 within the minibatch of this replica
@@ -159,7 +168,8 @@ class Microbatch:
     old_logprobs: torch.Tensor  # (T,) float64
     advantages: torch.Tensor  # (k,) float64
     lengths: tuple[int, ...]  # (k,) tokens of each sequence; their sum is at most T
-    denominator: float  # N, the loss tokens of the whole minibatch over all replicas
+    denominator: float  # N of the whole minibatch over all replicas; `batching/aggregation.py`
+    reference_logprobs: torch.Tensor | None = None  # (T,) float64
 
     @property
     def num_tokens(self) -> int:

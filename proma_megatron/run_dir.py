@@ -96,6 +96,10 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 
+    def lagged_of(self, checkpoint: Path) -> Path:
+        """The mean of the latest policies' weights at this checkpoint, if the run keeps one."""
+        return self.checkpoints / checkpoint.name.replace("step_", "lagged_")
+
     def latest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the largest step, if there is one."""
         complete = sorted(path.parent for path in self.checkpoints.glob(f"step_*/{MARKER}"))

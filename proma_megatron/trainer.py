@@ -4,39 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from proma_megatron.batching.advantages import group_relative
-from proma_megatron.batching.packing import (
-    consecutive_microbatches,
-    loss_tokens,
-    pack,
-    plan_microbatches,
-)
-from proma_megatron.checkpoint import (
-    WeightSnapshot,
-    load_checkpoint,
-    load_pretrained,
-    save_checkpoint,
-)
+from proma_megatron.algorithms import normalizes_std
+from proma_megatron.batching.advantages.estimate import advantages
+from proma_megatron.batching.selection import choose, informative
+from proma_megatron.checkpoint import load_checkpoint, load_pretrained, save_checkpoint
 from proma_megatron.config import RunConfig
 from proma_megatron.evaluation.evaluate import evaluate
+from proma_megatron.learner import Learner
 from proma_megatron.metrics import Stopwatch, write_rows
 from proma_megatron.output import complete_or_absent
-from proma_megatron.policy.losses import LossOptions
 from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.schedule import Sums, evaluate_logprobs, forward_backward, kl_estimate
-from proma_megatron.projection import diagnostics
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.projection.diagnostics import Units
 from proma_megatron.records import (
-    Microbatch,
     Prompt,
     Rollout,
     RolloutGroup,
     StepReport,
     TrainingSequence,
 )
+from proma_megatron.references import Batch, Divergences, References, due
 from proma_megatron.reporting import Reporter
 from proma_megatron.rollout.collect import (
     describe,
@@ -52,6 +42,7 @@ from proma_megatron.rollout.rewards import RewardError
 from proma_megatron.rollout.scoring import Scorer
 from proma_megatron.rollout.source import Data
 from proma_megatron.run_dir import MARKER, RunDir
+from proma_megatron.snapshots import WeightSnapshot
 from proma_megatron.topology import Topology
 
 
@@ -78,12 +69,13 @@ class Trainer:
             distributed_optimizer=config.optimizer.distributed,
         )
         self.accumulator = self._build_accumulator()
-        self.loss = self._choose_loss()
+        self.learner = Learner(config, self.policy, self.accumulator)
+        self.references = References(config, self.learner)
+        self.divergences = Divergences(config, self.learner)
         self.optimizer: Optimizer | None = None  # built once RL's first weights are there
         self.stopwatch = Stopwatch()
         self.done = 0  # RL steps that the weights have seen
         self.prompts_seen = data.train.state()  # the stream's position after those
-        self.initial: WeightSnapshot | None = None  # the policy that RL starts from
         rollout = config.rollout
         self.sampling = SamplingOptions(
             temperature=rollout.temperature,
@@ -104,14 +96,6 @@ class Trainer:
             tied=self.config.model.tie_embeddings,
         )
 
-    def _choose_loss(self) -> LossOptions:
-        options = self.config.loss
-        split = self.config.batching.minibatches > 1
-        importance = options.importance == "on" or (options.importance == "auto" and split)
-        if self.config.algorithm == "grpo":
-            return LossOptions("grpo", clip_low=options.clip_low, clip_high=options.clip_high)
-        return LossOptions("unit" if self.accumulator else "reinforce", importance=importance)
-
     # ------------------------------------------------------------------ the run
 
     def run(self, resume: bool = False) -> None:
@@ -129,9 +113,11 @@ class Trainer:
             self._warm_start()
             self.optimizer = self._build_optimizer()
             self._save()
-        if self.initial is None:
-            self.initial = WeightSnapshot(self.policy)
+        if self.divergences.initial is None:
+            self.divergences.initial = WeightSnapshot(self.policy)
         total, every = self.config.trainer.steps, self.config.trainer.save_every
+        if not total:
+            return  # only the policy that RL would start from was asked for
         self.reporter.start("rl", total, completed=self.done)
         try:
             if self.done == 0:
@@ -147,28 +133,40 @@ class Trainer:
     def step(self, step: int) -> StepReport:
         """One RL step: its metrics, and a few of its rollouts."""
         with self.stopwatch.phase("step"):
-            prompts = self.data.train.take(self.config.rollout.prompts_per_step)
-            with self.stopwatch.phase("rollout"):
-                rollouts = self._generate(prompts, step)
-            with self.stopwatch.phase("score"):
-                groups = self._score(rollouts, step)
-            sequences = [self._sequences(found) for found in groups]
-            metrics = describe(groups)
+            groups, metrics = self._collect(step)
+            batch = [_sequences(found) for found in groups]
+            if self.references.needed:
+                with self.stopwatch.phase("reference"):
+                    batch, found = self.references.attach(batch, self._initial)
+                    metrics |= found
+            batch = self._judge(groups, batch)
+            if self.divergences.lagged is not None:
+                with self.stopwatch.phase("kl_lagged"):
+                    metrics |= self.divergences.to_lagged(step, batch)
             with self.stopwatch.phase("train"):
-                metrics |= self._train(sequences)
+                metrics |= self._train(batch)
             self.done, self.prompts_seen = step, self.data.train.state()
-            if self._due(step, self.config.trainer.kl_every):
+            if self._looks_back(step):
                 with self.stopwatch.phase("kl"):
-                    metrics["policy/kl_initial"] = self._kl_to_initial(sequences)
-            if self._due(step, self.config.trainer.eval_every):
+                    of_step = self.references.needs_step
+                    metrics |= self.divergences.after_step(step, batch, of_step)
+            self.references.adapt(metrics)
+            if due(step, self.config.trainer.eval_every, self.config.trainer.steps):
                 with self.stopwatch.phase("validation"):
                     metrics |= self._validate_after(step, metrics, groups)
         metrics |= self.stopwatch.seconds()
         metrics["tokens/second"] = metrics["tokens/trained"] / metrics["seconds/step"]
         return StepReport(step, metrics, samples_of(groups, self.config.trainer.log_samples))
 
-    def _due(self, step: int, every: int) -> bool:
-        return step == self.config.trainer.steps or (every > 0 and step % every == 0)
+    def _looks_back(self, step: int) -> bool:
+        """Whether a divergence is measured after this step."""
+        kept = self.divergences
+        return self.references.needs_step or kept.initial_due(step) or kept.step_due(step)
+
+    @property
+    def _initial(self) -> WeightSnapshot:
+        assert self.divergences.initial is not None, "run takes the snapshot"
+        return self.divergences.initial
 
     def close(self) -> None:
         """End the scoring processes."""
@@ -176,7 +174,30 @@ class Trainer:
 
     # ------------------------------------------------------------------ rollouts
 
-    def _generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    def _collect(self, step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """Scored groups of the step, as many as it has prompts, and what they were like.
+
+        With ``rollout.resampling_rounds`` groups whose rewards are all equal, which teach nothing,
+        are replaced by those of further prompts while rounds last; the metrics are of everything
+        that was sampled.
+        """
+        wanted, sampled, found = self.config.rollout.prompts_per_step, [], 0
+        for taken in range(1 + self.config.rollout.resampling_rounds):
+            prompts = self.data.train.take(wanted)
+            with self.stopwatch.phase("rollout"):
+                rollouts = self._generate(prompts, step, first=taken * wanted)
+            with self.stopwatch.phase("score"):
+                sampled += self._score(rollouts, step)
+            found = len(informative(sampled))
+            if found >= wanted:
+                break
+        metrics = describe(sampled)
+        if self.config.rollout.resampling_rounds:
+            metrics["rollout/rounds"] = len(sampled) / wanted
+            metrics["rollout/informative"] = min(found, wanted) / wanted
+        return choose(sampled, wanted), metrics
+
+    def _generate(self, prompts: Sequence[Prompt], step: int, first: int) -> list[Rollout]:
         """Rollouts of this replica's share of the prompts."""
         return sample_rollouts(
             self.policy,
@@ -186,6 +207,7 @@ class Trainer:
             self.sampling,
             seed=self.config.seed,
             step=step,
+            first=first,
         )
 
     def _score(self, rollouts: list[Rollout], step: int) -> list[RolloutGroup]:
@@ -243,119 +265,29 @@ class Trainer:
 
     # ------------------------------------------------------------------ training
 
-    def _sequences(self, found: RolloutGroup) -> list[TrainingSequence]:
-        """A group's rollouts as training sequences with their advantages."""
-        advantages = group_relative(
-            [scored.reward for scored in found.samples], self.config.advantage.normalize_std
-        )
-        sequences = []
-        for scored, advantage in zip(found.samples, advantages, strict=True):
-            rollout = scored.rollout
-            prompt = found.prompt.tokens
-            sequences.append(
-                TrainingSequence(
-                    tokens=(*prompt, *rollout.tokens),
-                    loss_mask=(0,) * len(prompt) + (1,) * len(rollout.tokens),
-                    advantage=advantage,
-                    old_logprobs=(0.0,) * len(prompt) + rollout.logprobs,
-                )
-            )
-        return sequences
+    def _judge(self, groups: Sequence[RolloutGroup], batch: Batch) -> Batch:
+        """The batch with its advantages."""
+        penalties = self.references.penalties(batch)
+        rewards = [
+            [scored.reward - lost for scored, lost in zip(found.samples, losses, strict=True)]
+            for found, losses in zip(groups, penalties, strict=True)
+        ]
+        values = advantages(groups, rewards, self.config.advantage, normalizes_std(self.config))
+        return [
+            [replace(s, advantage=value) for s, value in zip(found, of_group, strict=True)]
+            for found, of_group in zip(batch, values, strict=True)
+        ]
 
-    def _train(self, groups: Sequence[Sequence[TrainingSequence]]) -> dict[str, float]:
-        """One optimizer step per minibatch of groups."""
-        count = self.config.batching.minibatches
-        size = len(groups) // count
-        metrics: dict[str, float] = {}
-        units: Units = {}
-        sums = Sums()
-        trained = 0
+    def _train(self, batch: Batch) -> dict[str, float]:
         assert self.optimizer is not None
-        for index in range(count):
-            minibatch = [s for found in groups[index * size : (index + 1) * size] for s in found]
-            sums = self._accumulate(minibatch, self.loss, self.accumulator)
-            update = self.optimizer.step()
-            if self.accumulator is not None:
-                mine = self.accumulator.tally.units()
-                units = diagnostics.merge([units, diagnostics.gather(mine, self.topology)])
-            trained += sum(len(sequence.tokens) for sequence in minibatch)
-            if index == 0:  # still the policy that the rollouts came from
-                metrics |= {
-                    "policy/entropy": sums.entropy / sums.tokens,
-                    "policy/logprob_mismatch": sums.mismatch / sums.tokens,
-                    "policy/logprob_mismatch_max": sums.worst_mismatch,
-                }
-            metrics |= update
-        if self.accumulator is not None and not units:
+        metrics = self.learner.update(batch, self.optimizer, self.references.in_loss)
+        removes = self.accumulator is not None and not self.config.projection.acts_alone
+        if removes and "projection/removed_energy" not in metrics:
             self.reporter.message(
                 "nothing was projected: each replica's minibatch fits into one microbatch; "
                 "lower batching.tokens_per_microbatch"
             )
-        metrics["policy/kl_rollout"] = sums.kl / sums.tokens
-        metrics["loss/policy"] = -sums.objective / sums.tokens
-        metrics["tokens/trained"] = float(trained)
-        return metrics | diagnostics.metrics(units)
-
-    def _accumulate(
-        self,
-        sequences: Sequence[TrainingSequence],
-        loss: LossOptions,
-        accumulator: Accumulator | None,
-        temperature: float | None = None,
-    ) -> Sums:
-        """Gradients of these sequences, given to all replicas; sums over all replicas."""
-        microbatches = self._pack(sequences)
-        sums = forward_backward(
-            self.policy,
-            microbatches,
-            loss,
-            accumulator=accumulator,
-            temperature=temperature or self.config.rollout.temperature,
-        )
-        return sum(self.topology.gather_over_data(sums), start=Sums())
-
-    def _pack(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
-        """This replica's microbatches; the denominator counts all replicas."""
-        topology = self.topology
-        size = self.config.batching.sequences_per_microbatch
-        multiple = topology.pipeline.size if topology.virtual_pipeline > 1 else 1
-        if size is not None:
-            plan = consecutive_microbatches(len(sequences), size, topology.data.size, multiple)
-        else:
-            plan = plan_microbatches(
-                [len(sequence.tokens) for sequence in sequences],
-                self.config.batching.tokens_per_microbatch,
-                topology.data.size,
-                multiple,
-            )
-        denominator = float(loss_tokens(sequences))
-        return [
-            pack(
-                [sequences[at] for at in members],
-                index,
-                denominator,
-                topology.device,
-                topology.tensor.size if topology.sequence_parallel else 1,
-            )
-            for index, members in enumerate(plan[topology.data.rank])
-        ]
-
-    def _kl_to_initial(self, groups: Sequence[Sequence[TrainingSequence]]) -> float:
-        """KL(rollout policy, initial policy) per token: the k3 estimate on this step's rollouts."""
-        assert self.initial is not None
-        microbatches = self._pack([sequence for found in groups for sequence in found])
-        with self.initial:
-            logprobs = evaluate_logprobs(self.policy, microbatches, self.config.rollout.temperature)
-        value = None
-        if logprobs is not None:
-            total, count = 0.0, 0.0
-            for microbatch, initial in zip(microbatches, logprobs, strict=True):
-                mask = microbatch.loss_mask > 0
-                total += kl_estimate(initial[mask], microbatch.old_logprobs[mask])
-                count += float(mask.sum())
-            value = (total, count)
-        shares = self.topology.gather_over_data(self.topology.from_last_stage(value))
-        return sum(total for total, _ in shares) / sum(count for _, count in shares)
+        return metrics
 
     def _warm_start(self) -> None:
         """Supervised steps on worked answers, with an optimizer of their own."""
@@ -377,13 +309,9 @@ class Trainer:
         self.reporter.start("warm_start", warm.steps)
         for step in range(1, warm.steps + 1):
             started = time.perf_counter()
-            sums = self._accumulate(
-                demonstrations.take(warm.sequences_per_step),
-                LossOptions("supervised"),
-                accumulator=None,
-                temperature=1.0,
+            metrics = self.learner.supervise(
+                demonstrations.take(warm.sequences_per_step), optimizer
             )
-            metrics = {"loss/supervised": sums.surprise / sums.tokens, **optimizer.step()}
             metrics["seconds/step"] = time.perf_counter() - started
             self.reporter.write(StepReport(step, metrics), "warm_start")
 
@@ -397,11 +325,21 @@ class Trainer:
         path = self.run_dir.checkpoint(self.done)
         if (path / MARKER).exists():
             return  # of this very step; writing it again would only put it at risk
+        state: dict[str, Any] = {
+            "step": self.done,
+            "prompts": self.prompts_seen,
+            "kl_coefficient": self.references.coefficient,
+        }
+        lagged = self.divergences.lagged
+        if lagged is not None and lagged.count:
+            with lagged.in_place():
+                mean = self.run_dir.lagged_of(path)
+                save_checkpoint(mean, self.policy, None, {"count": lagged.count})
         save_checkpoint(
             path,
             self.policy,
             self.optimizer if self.done else None,  # before its first step, Adam has no state
-            {"step": self.done, "prompts": self.prompts_seen},
+            state,
         )
         self.reporter.message(f"saved {path}")
 
@@ -410,9 +348,29 @@ class Trainer:
         newest, first = self.run_dir.latest_checkpoint(), self.run_dir.checkpoint(0)
         assert newest is not None, "prepare_run_dir refuses to resume without a checkpoint"
         load_checkpoint(first, self.policy, None)
-        self.initial = WeightSnapshot(self.policy)
+        self.divergences.initial = WeightSnapshot(self.policy)
+        lagged = self.divergences.lagged
+        mean = self.run_dir.lagged_of(newest)
+        if lagged is not None and (mean / MARKER).is_file():
+            lagged.restore(load_checkpoint(mean, self.policy, None)["count"])
         self.optimizer = self._build_optimizer()
         state = load_checkpoint(newest, self.policy, None if newest == first else self.optimizer)
         self.data.train.restore(state["prompts"])
         self.prompts_seen = self.data.train.state()
         self.done = int(state["step"])
+        if self.config.loss.kl.target is not None:
+            self.references.coefficient = state.get("kl_coefficient", self.references.coefficient)
+
+
+def _sequences(found: RolloutGroup) -> list[TrainingSequence]:
+    """A group's rollouts as training sequences, whose advantages are still to come."""
+    prompt = found.prompt.tokens
+    return [
+        TrainingSequence(
+            tokens=(*prompt, *scored.rollout.tokens),
+            loss_mask=(0,) * len(prompt) + (1,) * len(scored.rollout.tokens),
+            advantage=0.0,
+            old_logprobs=(0.0,) * len(prompt) + scored.rollout.logprobs,
+        )
+        for scored in found.samples
+    ]

@@ -5,6 +5,7 @@ import torch
 from support.cases import LARGEST
 from support.gradients import nothing
 from support.pool import MAX_WORKERS, WorkerPool
+from support.pooled import PooledStarts
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,15 @@ def workers() -> Iterator[WorkerPool]:
     pool.run(MAX_WORKERS, nothing)  # all at once: importing Megatron takes seconds a process
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def in_pool(workers: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in this process, and their ranks in the pool: starting others takes seconds."""
+    starts = PooledStarts(workers)
+    monkeypatch.setattr("proma_megatron.launcher.start_workers", starts.start_workers)
+    for module in ("export.job", "evaluation.job", "exactness.grads"):
+        monkeypatch.setattr(f"proma_megatron.{module}.run_job", starts.run_job)
 
 
 @pytest.fixture(scope="session")

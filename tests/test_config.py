@@ -47,7 +47,7 @@ def test_a_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
         ({"trainer": {"xyzzy": 3}}, ["trainer.xyzzy", "known keys of trainer are", "save_every"]),
         ({"model": {"layers": "many"}}, ["model.layers", "'many'", "integer"]),
         ({"model": {"layers": 0}}, ["model.layers", "greater than 0"]),
-        ({"algorithm": "ppo"}, ["algorithm", "'ppo'", "'proma', 'reinforce' or 'grpo'"]),
+        ({"algorithm": "trpo"}, ["algorithm", "'trpo'", "'proma', 'intra_proma', 'isopo'"]),
         ({"parallel": {"tensor": 3}}, ["model.heads is 4", "parallel.tensor=3", "[1, 2, 4]"]),
         (
             {"model": {"heads": 6, "kv_heads": 3}, "parallel": {"tensor": 2}},

@@ -20,6 +20,8 @@ from support.reference import huggingface_model, reference_gradients
 from proma_megatron.batching.batch_file import write_batch
 from proma_megatron.cli import main
 from proma_megatron.config import ProjectionConfig
+from proma_megatron.config_file import gradients_config
+from proma_megatron.exactness.grads import grads as grads_here
 from proma_megatron.output import complete_or_absent
 
 SEED = 11
@@ -77,20 +79,19 @@ def test_a_sharded_run_writes_the_papers_gradients(folders: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_replicas_and_a_small_workspace(folders: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_pool")
+def test_replicas_and_a_small_workspace(
+    folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "g.safetensors"
-    done = grads(
-        folders,
-        "qwen2-untied",
-        out,
-        *("model.dtype=float64", "parallel.data=2", "projection.rule=iterative"),
-        *("projection.parameters=linear", "projection.workspace_mb=1", "model.recompute=full"),
-    )
-    assert done.returncode == 0, done.stderr
+    overrides = ["model.dtype=float64", "parallel.data=2", "projection.rule=iterative"]
+    overrides += ["projection.parameters=linear", "projection.workspace_mb=1"]
+    config = gradients_config([*overrides, "model.recompute=full"])
+    grads_here(folders / "qwen2-untied", folders / "batch.jsonl", out, config)
     projection = ProjectionConfig(rule="iterative", parameters="linear")
     expected = reference_gradients(MODELS["qwen2-untied"], BATCH, projection, SEED, replicas=2)
     assert_equal(load_file(out), expected, 1e-10)
-    units = json.loads(done.stdout)["units"]
+    units = json.loads(capfd.readouterr().out)["units"]
     assert "lm_head.weight" in units
     assert not any("norm" in name or "bias" in name or "embed" in name for name in units)
 

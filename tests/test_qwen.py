@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command import proma
 from support.pool import WorkerPool
-from support.pretrained import logprobs_of, rank_of
+from support.pretrained import logprobs_of
 from support.qwen import theirs, write_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proma_megatron.config import ConfigError
-from proma_megatron.config_file import load_config
+from proma_megatron.config_file import load_config, validate_config
 from proma_megatron.evaluation.job import default_output, evaluate_saved
+from proma_megatron.export.files import keep_companions, write_companions
 from proma_megatron.export.job import export
 from proma_megatron.failure import WorkerError
 from proma_megatron.launcher import train
-from proma_megatron.saved import open_saved
+from proma_megatron.rollout.source import load_tokenizer
+from proma_megatron.run_dir import RunDir
+from proma_megatron.saved import Saved, open_saved
 
 SAMPLE = Path(__file__).parents[1] / "configs" / "sample"
 SEQUENCES = [[5, 300, 12, 7, 7, 201, 90], [44, 3, 330, 18]]
@@ -136,32 +138,19 @@ def _theirs(path: Path) -> torch.Tensor:
     return torch.cat(found)
 
 
-def test_a_run_goes_on_without_the_model_that_it_began_with(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_pool")
+def test_a_run_goes_on_without_the_model_that_it_began_with(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And in another layout; the run's own configuration is all that it needs."""
     shutil.copytree(trained, tmp_path / "runs" / "run")
-    changes = ["trainer.steps=3", *LAYOUT]
-    done = proma(
-        "train",
-        "runs/run/config.yaml",
-        "--resume",
-        *changes,
-        cwd=tmp_path,
-        PYTHONPATH=str(trained.parents[1]),
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(trained.parents[1])
+    root = tmp_path / "runs"
+    changes = [f"root={root}", "trainer.steps=3", *LAYOUT]
+    config = load_config(root / "run" / "config.yaml", changes)
+    train(config, resume=True, overwrite=False)
     rows = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [0, 1, 2, 3]
-
-
-@pytest.fixture
-def in_pool(workers: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run in this process, and their ranks in the pool: starting them takes seconds."""
-
-    def run(module: str, job: Any, config: Any, folder: Path, name: str) -> str | None:
-        return workers.run(config.parallel.world_size, rank_of, module=module, job=job)[0]
-
-    for command in ("export", "evaluation"):
-        monkeypatch.setattr(f"proma_megatron.{command}.job.run_job", run)
 
 
 @pytest.fixture(scope="module")
@@ -251,17 +240,18 @@ def test_an_export_that_fails_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def evaluate(run: Path, *chosen: str) -> subprocess.CompletedProcess[str]:
-    data = str(SAMPLE / "validation.jsonl")
-    return proma("eval", str(run), "--data", data, *chosen, PYTHONPATH=str(run.parents[1]))
-
-
-def test_evaluation_counts_what_it_wrote(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "all.jsonl"
-    chosen = ("--samples", "4", "--out", str(out), "parallel.pipeline=1")
-    done = evaluate(trained, *chosen)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.usefixtures("in_pool")
+def test_evaluation_counts_what_it_wrote(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out, data = tmp_path / "all.jsonl", SAMPLE / "validation.jsonl"
+    monkeypatch.syspath_prepend(trained.parents[1])
+    saved = open_saved(trained, ["evaluation.samples=4", "parallel.pipeline=1"])
+    evaluate_saved(saved, data, out, overwrite=False)
+    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     problems = {row["problem"] for row in rows}
     assert figures["problems"] == len(problems)
@@ -438,3 +428,20 @@ def test_a_published_model_that_is_not_there_says_how_to_get_it(tmp_path: Path) 
     message = refusal(arguments(Path("models/Qwen3-0.6B")), tmp_path)
     assert "model.path is models/Qwen3-0.6B" in message
     assert "hf download Qwen/Qwen3-0.6B" in message
+
+
+def test_a_policy_with_another_models_tokenizer_is_exported_with_its_own_shape(
+    model: Path, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    (run.path / "huggingface").mkdir(parents=True)
+    tree = {"name": "run", "root": str(tmp_path), "tokenizer": {"path": str(model)}}
+    config = validate_config({**tree, "model": {"hidden_size": 64, "layers": 1}})
+    keep_companions(config, run)
+    assert (run.huggingface / "config.json").is_file()
+    (tmp_path / "out").mkdir()
+    tokenizer = load_tokenizer(config, run.tokenizer, [])
+    saved = Saved(config, run.checkpoint(0), run)
+    write_companions(tmp_path / "out", saved, tokenizer, tokenizer.vocab_size, "float32")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (fields["hidden_size"], fields["num_hidden_layers"]) == (64, 1)

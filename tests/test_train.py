@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from support.command import proma
+from support.pool import WorkerPool
+from support.pooled import PooledStarts, run_in_pool
 
 from proma_megatron.cli import main
 from proma_megatron.config import ConfigError
@@ -56,7 +58,7 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 
 def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
-    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+    workers: WorkerPool, tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = proma("train", str(config), *tiny(parallel__tensor=2), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -86,13 +88,20 @@ def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
     assert rows(run) == found
 
     longer = tiny(parallel__tensor=2, trainer__steps=3)
-    resumed = proma("train", str(config), "--resume", *longer, cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    monkeypatch.setattr(
+        "proma_megatron.launcher.start_workers", PooledStarts(workers).start_workers
+    )
+    monkeypatch.setattr(sys, "argv", ["proma", "train", str(config), "--resume", *longer])
+    with pytest.raises(SystemExit) as resumed:
+        main()
+    assert resumed.value.code == 0
     assert [row["step"] for row in rows(run) if row["phase"] == "rl"] == [0, 1, 2, 3]
     assert rows(run)[: len(found)] == found
 
-    drawn = proma("report", str(run), cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    monkeypatch.setattr(sys, "argv", ["proma", "report", str(run)])
+    with pytest.raises(SystemExit) as done_well:
+        main()
+    assert done_well.value.code == 0
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -144,24 +153,25 @@ def test_a_killed_rank_is_named_rather_than_the_ranks_that_miss_it(
     assert done.stderr.count("\n") == 1
 
 
-def test_rl_in_bfloat16_starts_from_the_warm_started_weights(tmp_path: Path, config: Path) -> None:
+def test_rl_in_bfloat16_starts_from_the_warm_started_weights(
+    workers: WorkerPool, tmp_path: Path, config: Path
+) -> None:
     # Master weights that were copied before the warm start would undo it at the first update.
     far = {"warm_start__lr": 1e-2, "warm_start__warmup_steps": 0, "warm_start__steps": 8}
-    arguments = tiny(model__dtype="bfloat16", optimizer__lr=1e-9, **far)
-    done = proma("train", str(config), *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    last = rows(tmp_path / "runs" / "tiny")[-1]
+    arguments = tiny(model__dtype="bfloat16", optimizer__lr=1e-9, root=tmp_path, **far)
+    run = run_in_pool(workers, load_config(config, arguments))
+    last = rows(run.path)[-1]
     assert last["step"] == 2
     assert last["policy/kl_initial"] < 1e-2
 
 
 def test_a_run_that_cannot_start_leaves_the_old_run_alone(tmp_path: Path, config: Path) -> None:
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
+    run = tmp_path / "tiny"
+    run.mkdir()
     (run / "config.yaml").write_text("name: old\n")
-    arguments = tiny(reward__function="json:no_such_name")
-    done = proma("train", str(config), "--overwrite", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
+    arguments = tiny(reward__function="json:no_such_name", root=tmp_path)
+    with pytest.raises(ConfigError, match="no_such_name"):
+        train(load_config(config, arguments), resume=False, overwrite=True)
     assert (run / "config.yaml").read_text() == "name: old\n"
 
 
@@ -202,16 +212,22 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert said.count("\n") == 1
 
 
-def test_prompts_that_do_not_divide_over_the_replicas_are_refused(
-    tmp_path: Path, config: Path
+@pytest.mark.parametrize(
+    ("arguments", "world", "parts"),
+    [
+        ([], 6, ["rollout.prompts_per_step is 16", "6 replicas"]),
+        (["parallel.tensor=2"], 3, ["3 processes"]),
+    ],
+)
+def test_a_world_that_does_not_fit_is_refused(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    world: int,
+    parts: list[str],
 ) -> None:
-    done = proma("train", str(config), cwd=tmp_path, RANK="0", WORLD_SIZE="6")
-    assert done.returncode == 2
-    assert "rollout.prompts_per_step is 16" in done.stderr
-    assert "6 replicas" in done.stderr
-
-
-def test_a_world_that_does_not_fit_the_layout_is_refused(tmp_path: Path, config: Path) -> None:
-    done = proma("train", str(config), "parallel.tensor=2", cwd=tmp_path, RANK="0", WORLD_SIZE="3")
-    assert done.returncode == 2
-    assert "3 processes" in done.stderr
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ConfigError) as refused:
+        train(load_config(config, arguments), resume=False, overwrite=False)
+    assert all(part in str(refused.value) for part in parts)

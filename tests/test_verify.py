@@ -21,6 +21,7 @@ from proma_megatron.exactness.verify import (
     read_subject,
     relative_error,
 )
+from proma_megatron.exactness.verify import verify as verify_here
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -54,12 +55,27 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_quickstart_passes_on_two_replicas() -> None:
-    done = verify(str(QUICKSTART), "parallel.tensor=1", "parallel.data=2")
-    assert done.returncode == 0, done.stderr
-    assert "FAIL" not in done.stdout
-    assert "self_attn.q_norm.weight" in done.stdout
-    last = done.stdout.splitlines()[-1]
+@pytest.mark.usefixtures("in_pool")
+@pytest.mark.parametrize(
+    ("rule", "removed"),
+    [
+        ("exact", "of the accumulated energy was projected away"),
+        ("subspace", "of the microbatches' own energy was projected away"),
+        ("kernel", "of the plain gradient's energy was changed"),
+    ],
+)
+def test_the_quickstart_passes_on_two_replicas(
+    capsys: pytest.CaptureFixture[str], rule: str, removed: str
+) -> None:
+    overrides = ["parallel.tensor=1", "parallel.data=2", f"projection.rule={rule}"]
+    if rule != "exact":
+        overrides.append(f"algorithm={'isopo' if rule == 'kernel' else 'intra_proma'}")
+    assert verify_here(QUICKSTART, overrides)
+    shown = capsys.readouterr().out
+    assert "FAIL" not in shown
+    assert "self_attn.q_norm.weight" in shown
+    last = shown.splitlines()[-1]
+    assert last.endswith(removed)
     assert last.startswith("PASS: tensor 1 x pipeline 1 x data 2 (2 workers on cpu (Gloo))")
     assert "float32" in last
     largest = float(last.split("largest relative error ")[1].split(",")[0])

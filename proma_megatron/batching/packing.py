@@ -49,7 +49,7 @@ def consecutive_microbatches(
 
     Empty microbatches at the end fill up what replicas and ``multiple`` ask for.
     """
-    bins = [list(found) for found in batched(range(count), size)]
+    bins = [list(found) for found in batched(range(count), size)] or [[]]
     bins += [[]] * (-len(bins) % (replicas * multiple))
     return [bins[replica::replicas] for replica in range(replicas)]
 
@@ -67,7 +67,7 @@ def _balance(lengths: Sequence[int], budget: int, count: int) -> list[list[int]]
 
 
 def loss_tokens(sequences: Sequence[TrainingSequence]) -> int:
-    """N: log-probabilities that count, over all of these sequences."""
+    """Log-probabilities that count, over all of these sequences."""
     return sum(sequence.loss_tokens for sequence in sequences)
 
 
@@ -82,11 +82,20 @@ def pack(
 
     ``multiple`` is the tensor-parallel size under sequence parallelism. An empty microbatch is
     padding alone; it keeps replicas in step.
+
+    Raises:
+        ValueError: only some of the sequences have reference log-probabilities.
     """
+    referenced = sum(sequence.reference_logprobs is not None for sequence in sequences)
+    if referenced not in (0, len(sequences)):
+        raise ValueError(
+            f"{referenced} of {len(sequences)} sequences have reference_logprobs; give them to "
+            "all, or to none"
+        )
     lengths = tuple(len(sequence.tokens) for sequence in sequences)
     total = max(multiple, -(-sum(lengths) // multiple) * multiple)
     tokens, positions, labels = ([0] * total for _ in range(3))
-    mask, weights, old = ([0.0] * total for _ in range(3))
+    mask, weights, old, reference = ([0.0] * total for _ in range(4))
     start = 0
     for sequence in sequences:
         stop = start + len(sequence.tokens)
@@ -96,6 +105,8 @@ def pack(
         labels[start : stop - 1] = sequence.tokens[1:]
         mask[start : stop - 1] = [float(value) for value in sequence.loss_mask[1:]]
         old[start : stop - 1] = sequence.old_logprobs[1:]
+        if sequence.reference_logprobs is not None:
+            reference[start : stop - 1] = sequence.reference_logprobs[1:]
         token_weights = sequence.token_weights
         weights[start : stop - 1] = (
             token_weights[1:] if token_weights is not None else [1.0] * (stop - start - 1)
@@ -103,17 +114,17 @@ def pack(
         start = stop
     positions[start:] = range(total - start)
     integer = {"dtype": torch.int64, "device": device}
+    real = {"dtype": torch.float64, "device": device}
     return Microbatch(
         index=index,
         tokens=torch.tensor([tokens], **integer),
         positions=torch.tensor([positions], **integer),
         labels=torch.tensor(labels, **integer),
-        loss_mask=torch.tensor(mask, dtype=torch.float64, device=device),
-        weights=torch.tensor(weights, dtype=torch.float64, device=device),
-        old_logprobs=torch.tensor(old, dtype=torch.float64, device=device),
-        advantages=torch.tensor(
-            [sequence.advantage for sequence in sequences], dtype=torch.float64, device=device
-        ),
+        loss_mask=torch.tensor(mask, **real),
+        weights=torch.tensor(weights, **real),
+        old_logprobs=torch.tensor(old, **real),
+        advantages=torch.tensor([sequence.advantage for sequence in sequences], **real),
         lengths=lengths,
         denominator=denominator,
+        reference_logprobs=torch.tensor(reference, **real) if referenced else None,
     )

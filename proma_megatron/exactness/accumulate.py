@@ -9,7 +9,7 @@ import torch
 from proma_megatron.batching.packing import loss_tokens, pack
 from proma_megatron.config import ProjectionConfig
 from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.losses import LossOptions
+from proma_megatron.policy.losses.options import REINFORCE, UNIT
 from proma_megatron.policy.model import Policy
 from proma_megatron.policy.schedule import forward_backward
 from proma_megatron.projection import diagnostics
@@ -53,7 +53,7 @@ def accumulate(
         What was projected, by unit, of all stages and replicas.
     """
     if not projection.active:
-        forward_backward(policy, microbatches, LossOptions("reinforce"))
+        forward_backward(policy, microbatches, REINFORCE)
         return {}
     accumulator = Accumulator(
         policy.modules,
@@ -62,7 +62,7 @@ def accumulate(
         policy.topology,
         tied=policy.model.tie_embeddings,
     )
-    forward_backward(policy, microbatches, LossOptions("unit"), accumulator=accumulator)
+    forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
     return diagnostics.gather(accumulator.tally.units(), policy.topology)
 
 

@@ -27,7 +27,12 @@ def grads(weights: Path, batch: Path, out: Path, config: GradientsConfig) -> Non
     check_layout(found.model, config.parallel)
     sequences = read_batch(batch, found.vocab_size)
     check_output(out, [batch, *weights.iterdir()])
-    if config.projection.active and len(sequences) <= (config.parallel.data or 1):
+    projection = config.projection
+    if (
+        projection.active
+        and not projection.acts_alone
+        and len(sequences) <= (config.parallel.data or 1)
+    ):
         say("nothing is projected: no replica has a second microbatch")
     job = GradientJob(
         config=config,

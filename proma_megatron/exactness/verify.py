@@ -221,6 +221,18 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return difference / norm if norm else float("inf")
 
 
+_ACCUMULATED = "the accumulated energy was projected away"
+_REMOVED = {
+    "none": _ACCUMULATED,
+    "exact": _ACCUMULATED,
+    "iterative": _ACCUMULATED,
+    "ridge": _ACCUMULATED,
+    "subspace": "the microbatches' own energy was projected away",
+    "kernel": "the plain gradient's energy was changed",
+    "norm": "the plain gradient's energy was changed",
+}
+
+
 def _show(
     errors: Sequence[KindError], summary: Mapping[str, Any], subject: Subject, device: str
 ) -> bool:
@@ -242,7 +254,7 @@ def _show(
         f"{'[green]PASS' if passed else '[bold red]FAIL'}[/]: {describe(parallel)} "
         f"({workers_on(parallel.world_size, device)}) against one process, {dtype}, rule "
         f"{subject.config.projection.rule}: largest relative error {largest:.1e}, tolerance "
-        f"{tolerance:.0e}; {removed:.1%} of the accumulated energy was projected away",
+        f"{tolerance:.0e}; {removed:.1%} of {_REMOVED[subject.config.projection.rule]}",
         highlight=False,
         soft_wrap=True,
     )

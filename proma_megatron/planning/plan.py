@@ -87,7 +87,7 @@ class Plan:
     gpu_memory: int  # bytes
     counts: Counts
     stages: tuple[StagePlan, ...]
-    host_snapshot: int  # bytes of host memory on a rank: the weights that KL compares with
+    host_snapshot: int  # bytes of host memory on a rank: earlier weights that KL compares with
     projection_removes: bool | None  # None: no projection; False: there is nothing to project from
     knobs: tuple[Knob, ...]  # what saves memory, the most first
 
@@ -156,6 +156,8 @@ def _plan(config: RunConfig, vocab_size: int, gpu_memory: int, gpus_per_node: in
     planned = tuple(_stage(config, stage, sizes, counts) for stage in stages(config, vocab_size))
     gpus = config.parallel.world_size
     entries = max(stage.parameters for stage in planned)
+    # The running mean is kept in float32 or better.
+    lagged = max(4, sizes.precision.compute) if config.trainer.kl_lagged_every else 0
     return Plan(
         parameters=total_parameters(config, vocab_size),
         gpus=gpus,
@@ -163,8 +165,10 @@ def _plan(config: RunConfig, vocab_size: int, gpu_memory: int, gpus_per_node: in
         gpu_memory=gpu_memory,
         counts=counts,
         stages=planned,
-        host_snapshot=entries * sizes.precision.compute,
-        projection_removes=counts.microbatches > 1 if config.projects else None,
+        host_snapshot=entries * (sizes.precision.compute + lagged),
+        projection_removes=(
+            counts.microbatches > 1 or config.projection.acts_alone if config.projects else None
+        ),
         knobs=(),
     )
 

@@ -18,7 +18,7 @@ KINDS = {  # of Traffic, in the order of the table
     "small_gradients": "tensor parallel: gradients of norms",
     "projection": "projection: K, c and short vectors",
     "tied_projection": "projection: per-token gradients of a tied embedding",
-    "kl": "KL to the initial policy",
+    "looks": "forward passes for KL and references",
     "rollout": "rollout: hidden states and logits",
 }
 
@@ -70,7 +70,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
     table.add_row("fullest at", *(moment.name for moment in phases.values()), style="dim")
     console.print(table)
     console.print(
-        f"Host memory: {size(plan.host_snapshot)} a rank for the initial policy's weights. "
+        f"Host memory: {size(plan.host_snapshot)} a rank for weights that KL compares with. "
         "On a GPU, estimates are unmeasured.\n",
         style="dim",
     )

@@ -9,6 +9,7 @@ checkpoints, metrics and other scalars.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from proma_megatron.config import RunConfig
 from proma_megatron.planning.counts import Counts
@@ -17,6 +18,7 @@ from proma_megatron.planning.shapes import EMBEDDING, HEAD, Local, Stage
 from proma_megatron.planning.sizes import Sizes
 from proma_megatron.planning.workspace import is_projected
 from proma_megatron.policy.parameters import Share
+from proma_megatron.projection.subspace import ITERATIONS, is_direct, sketch_width
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Traffic:
     data: int  # gradients over replicas, and weights of a distributed optimizer
     tied: int  # gradients of a table that first and last stage share
     small_gradients: int  # norms that every tensor rank holds, added over TP
-    projection: int  # K, c and short vectors over TP
+    projection: int  # what the rule needs over TP: K, c and short vectors, or subspaces
     tied_projection: int  # per-token gradients of a tied embedding, first to last stage
-    kl: int  # the forward passes that measure KL to the initial policy, by the step
+    looks: int  # forward passes that only look: KL to other policies, their log-probabilities
     rollout: int  # hidden states and logits while completions are sampled
 
     @property
@@ -48,19 +50,34 @@ def traffic(
     recomputed = 2 if config.model.recompute == "full" else 1
     backward += (recomputed - 1) * _layers_forward(config, stage, sizes)
     passes = microbatches * steps
-    every = config.trainer.kl_every
-    kl = (forward + sizes.stream * ends.sent_forward) * passes // every if every else 0
+    looks = (forward + sizes.stream * ends.sent_forward) * passes * _looks(config)
     return Traffic(
         tensor=(forward + backward) * passes,
         pipeline=sizes.stream * (ends.sent_forward + ends.sent_backward) * passes,
         data=_data(config, resident) * steps,
         tied=_tied(config, stage, sizes) * steps,
         small_gradients=_small(config, stage, sizes) * steps,
-        projection=_projection(config, stage, sizes) * max(0, microbatches - 1) * steps,
+        projection=_projection(config, stage, sizes) * _acting(config, microbatches) * steps,
         tied_projection=_tied_projection(config, stage, sizes) * passes,
-        kl=kl,
+        looks=int(looks),
         rollout=_rollout(config, stage, sizes, counts),
     )
+
+
+def _looks(config: RunConfig) -> Fraction:
+    """Forward passes a step over all of its sequences, beside training's own."""
+    trainer, loss = config.trainer, config.loss
+    looks = Fraction(0)
+    every_step = loss.kl.target is not None and loss.kl.reference == "rollout"
+    step_every = 1 if every_step else trainer.kl_step_every
+    for every in (trainer.kl_every, step_every, trainer.kl_lagged_every):
+        if every:
+            looks += Fraction(1, every)
+    if loss.mismatch != "off":
+        looks += 1
+    if loss.kl.coefficient and loss.kl.reference == "initial":
+        looks += 1
+    return looks
 
 
 def all_reduce(size: int, ranks: int) -> int:
@@ -143,11 +160,13 @@ def _partial(config: RunConfig, parameter: Local) -> bool:
 def projection_numbers(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
     """float64 numbers that one microbatch's solves add up over TP on a rank.
 
-    Of a weight K (k, k), c (k,) and |A|^2 for every unit; of a norm or bias, G (k, n) and A (n,).
+    PROMA: of a weight K (k, k), c (k,) and |A|^2 for every unit; of a norm or bias, G (k, n) and
+    A (n,). ISOPO: K, and G of norms. Intra-PROMA: see `_subspace_numbers`.
     """
     if sizes.tensor == 1:
         return 0
     k, total = sizes.sequences, 0
+    alone = config.projection.acts_alone
     separate = config.projection.unit == "huggingface"
     tied = config.model.tie_embeddings
     for parameter in stage.parameters:
@@ -156,13 +175,35 @@ def projection_numbers(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
         if parameter.name == EMBEDDING and tied and config.parallel.pipeline > 1:
             continue  # accumulated on the last stage
         units = len(parameter.row.tensors) if separate else 1
-        if len(parameter.shape) == 2:
+        if config.projection.rule == "subspace":
+            total += _subspace_numbers(config, parameter, units, sizes)
+        elif alone and not _partial(config, parameter):
+            total += units * k * k if parameter.row.share is Share.ENTRIES else 0
+        elif alone:
+            total += k * parameter.count
+        elif len(parameter.shape) == 2:
             total += units * (k * k + k + 1)
         elif parameter.row.share is Share.ENTRIES:
             total += units * (k + 1) * parameter.count * sizes.tensor
         elif _partial(config, parameter):
             total += (k + 1) * parameter.count
     return total
+
+
+def _subspace_numbers(config: RunConfig, weight: Local, units: int, sizes: Sizes) -> int:
+    """Of the sharded one of X and dY, and two squared norms a unit."""
+    tokens, rank = sizes.tokens, config.projection.rank
+    each = tokens * tokens
+    if not is_direct(tokens, rank):
+        each = (ITERATIONS + 1) * tokens * sketch_width(rank)
+    cut_outputs = weight.row.axis == 0
+    sought = config.projection.sides != ("input" if cut_outputs else "output")
+    return (units if cut_outputs else 1) * each * sought + 2 * units
+
+
+def _acting(config: RunConfig, microbatches: int) -> int:
+    """Microbatches that the rule acts on."""
+    return microbatches if config.projection.acts_alone else max(0, microbatches - 1)
 
 
 def _projection(config: RunConfig, stage: Stage, sizes: Sizes) -> int:

@@ -62,7 +62,9 @@ class _Pass:
     def __init__(self, config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> None:
         self.config, self.stage, self.sizes = config, stage, sizes
         self.microbatches = counts.microbatches
-        self.projects = config.projects and counts.microbatches > 1
+        self.projects = config.projects and (
+            counts.microbatches > 1 or config.projection.acts_alone
+        )
         self.layer = kept_by_layer(sizes)
         self.recomputes = config.model.recompute == "full"
         self.widened = sizes.precision.wide > sizes.precision.compute
@@ -137,7 +139,8 @@ class _Pass:
         """Bytes that wait from one backward pass to the next, and at their solve."""
         if not self.config.projects or self.microbatches < 2:
             return 0, 0
-        projects = self.microbatches > 2  # the first microbatch's captures remove nothing
+        # By PROMA's rules the first microbatch's captures remove nothing.
+        projects = self.microbatches > 2 or self.config.projection.acts_alone
         table = self.stage.find(EMBEDDING)
         tied, stages = self.config.model.tie_embeddings, self.config.parallel.pipeline
         group = Group(self.sizes, self.config, projects)
@@ -288,7 +291,13 @@ class _Pass:
 
     def _lookup(self, table: Local, projects: bool) -> int:
         projects = projects and is_projected(table, self.config)
-        return lookup_workspace(self.sizes, table, self._group([]).budget, projects=projects)
+        return lookup_workspace(
+            self.sizes,
+            table,
+            self._group([]).budget,
+            projects=projects,
+            squares=not self.config.projection.acts_alone,
+        )
 
     def _weights(self) -> tuple[Local, Local, Local, Local]:
         """fc1, fc2, qkv, proj."""

@@ -28,24 +28,51 @@ class _LogProbs(torch.autograd.Function):
             for rows, targets in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
         ]
         logprobs, entropy, log_z = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(logits, labels, log_z)
+        ctx.save_for_backward(logits, labels, log_z, entropy)
         ctx.first, ctx.valid, ctx.temperature = first, valid, temperature
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # an output without gradient costs nothing in backward
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        logits, labels, log_z = ctx.saved_tensors
+        """With p = softmax(z), z = logits / temperature and p's entropy H:
+
+        d log p_label / dz_j = [j is label] - p_j,  dH / dz_j = -p_j (log p_j + H).
+
+        Normalizer and H are over the whole vocabulary already: no rank asks another one.
+        """
+        for_logprobs, for_entropy = grads
+        logits, labels, log_z, entropy = ctx.saved_tensors
+        if for_logprobs is None and for_entropy is None:
+            return (None,) * 6
         grad = torch.empty_like(logits)
         for start in range(0, len(logits), CHUNK):
             rows = slice(start, start + CHUNK)
-            scale = grads[0][rows, None] / ctx.temperature
             wide = _wide(logits[rows], ctx.valid, ctx.temperature)
-            part = (wide - log_z[rows, None]).exp_().mul_(-scale)
+            part = wide - log_z[rows, None]
+            by_entropy = None
+            if for_entropy is not None:
+                scale = for_entropy[rows, None] / ctx.temperature
+                by_entropy = _entropy_gradient(part, entropy[rows, None], scale)
+            if for_logprobs is None:
+                assert by_entropy is not None
+                grad[rows] = by_entropy
+                continue
+            scale = for_logprobs[rows, None] / ctx.temperature
+            part.exp_().mul_(-scale)
             owned, local = _owned(labels[rows], ctx.first, logits.shape[1])
             part.scatter_add_(1, local[:, None], scale * owned[:, None])
-            grad[rows] = part
+            grad[rows] = part if by_entropy is None else part.add_(by_entropy)
         return grad, None, None, None, None, None
+
+
+def _entropy_gradient(
+    log_p: torch.Tensor, entropy: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """``-scale p (log p + H)`` (n, V/tp), 0 in columns of padding; H and scale are (n, 1)."""
+    # 0 * -inf of the padding columns must count as 0, so p is multiplied before anything grows.
+    finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)
+    return finite.add_(entropy).mul_(log_p.exp()).mul_(-scale)
 
 
 def _wide(logits: torch.Tensor, valid: int, temperature: float) -> torch.Tensor:
@@ -107,8 +134,8 @@ def vocab_parallel_logprobs(
         vocab_size: columns from here on are padding and have probability 0.
 
     Returns:
-        log-probabilities (T,), differentiable, and entropies (T,) in nats, not differentiable;
-        float32, or float64 for float64 logits.
+        log-probabilities (T,) and entropies (T,) in nats, both differentiable; float32, or float64
+        for float64 logits.
     """
     width = logits.shape[1]
     first = topology.tensor.rank * width

@@ -14,7 +14,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from proma_megatron.policy.layers import mark_backward
 from proma_megatron.policy.logprobs import vocab_parallel_logprobs
-from proma_megatron.policy.losses import LossOptions, policy_loss, token_advantages
+from proma_megatron.policy.losses import kl
+from proma_megatron.policy.losses.clipping import clipped_tokens
+from proma_megatron.policy.losses.loss import policy_loss, token_advantages
+from proma_megatron.policy.losses.options import LossOptions
 from proma_megatron.policy.model import Policy
 from proma_megatron.records import Microbatch
 
@@ -36,12 +39,13 @@ class Sums:
     """Sums over the loss tokens of this replica's microbatches."""
 
     tokens: float = 0.0
-    objective: float = 0.0  # w * advantage * log pi
+    objective: float = 0.0  # w * advantage * log pi / N, of which N is the whole minibatch's
     entropy: float = 0.0
     surprise: float = 0.0  # -log pi
     kl: float = 0.0  # k3 estimate of KL(rollout policy, current policy)
     mismatch: float = 0.0  # |log pi - rollout's log-probability|
     worst_mismatch: float = 0.0
+    clipped: float = 0.0  # tokens that clipping acts on
 
     def __add__(self, other: Sums) -> Sums:
         names = self.__dataclass_fields__
@@ -144,8 +148,8 @@ def _forward_step(
         logprobs, entropy = vocab_parallel_logprobs(
             logits[0], microbatch.labels, policy.vocab_size, policy.topology, temperature
         )
-        collected.append(_sums(logprobs.detach(), entropy, microbatch))
-        return policy_loss(logprobs, microbatch, options), _no_tokens(logits), {}
+        collected.append(_sums(logprobs.detach(), entropy.detach(), microbatch, options))
+        return policy_loss(logprobs, entropy, microbatch, options), _no_tokens(logits), {}
 
     return output, loss
 
@@ -169,19 +173,18 @@ def _finalize(
 
 
 def kl_estimate(other: torch.Tensor, sampled: torch.Tensor) -> float:
-    """Sum over tokens of the k3 estimate of KL(p, q): ``exp(q - p) - 1 - (q - p)``.
+    """Sum over tokens of the k3 estimates of KL(p, q), see `losses/kl.py`.
 
     Args:
         other: log q of tokens that were sampled from p, (n,).
         sampled: log p of the same tokens, (n,).
-
-    Source: J. Schulman, "Approximating KL divergence", 2020.
     """
-    delta = other.double() - sampled.double()
-    return float((torch.expm1(delta) - delta).sum())
+    return float(kl.estimate("k3", sampled.double(), other.double()).sum())
 
 
-def _sums(logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch) -> Sums:
+def _sums(
+    logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch, options: LossOptions
+) -> Sums:
     mask = microbatch.loss_mask > 0
     picked = logprobs.double()[mask]
     if not len(picked):
@@ -195,15 +198,17 @@ def _sums(logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch)
             -picked.sum(),
             delta.abs().sum(),
             delta.abs().max(),
+            clipped_tokens(logprobs, microbatch, options).sum(),
         ]
     ).tolist()
-    objective, entropy_sum, surprise, mismatch, worst = values
+    objective, entropy_sum, surprise, mismatch, worst, clipped = values
     return Sums(
         tokens=float(len(picked)),
-        objective=objective,
+        objective=objective / microbatch.denominator,
         entropy=entropy_sum,
         surprise=surprise,
         kl=kl_estimate(picked, microbatch.old_logprobs[mask]),
         mismatch=mismatch,
         worst_mismatch=worst,
+        clipped=clipped,
     )

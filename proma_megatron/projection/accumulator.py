@@ -1,9 +1,9 @@
 """The accumulator: owner of ``main_grad`` during a projected backward pass.
 
 It is the `GradientSink` of the policy's layers. During backward each layer hands it the factors of
-its weight gradient; captures of one transformer layer are collected, their K and c are summed over
-the tensor-parallel group in one collective, solved together in float64, and applied to
-``main_grad``. Each parameter sees its microbatches in order 0..M-1.
+its weight gradient; captures of one transformer layer are collected and given to the rule's updater
+together, which reduces for all of them at once and applies them to ``main_grad``. Each parameter
+sees its microbatches in order 0..M-1.
 
 Microbatches are told apart by `begin_backward`, which the schedule calls when the backward of a
 microbatch reaches this model chunk: under 1F1B forwards run ahead of backwards, and recompute runs
@@ -20,6 +20,7 @@ import torch
 from proma_megatron.config import ProjectionConfig
 from proma_megatron.policy.layers import CAPTURED_LAYERS
 from proma_megatron.policy.parameters import ParameterShard
+from proma_megatron.projection.deflating import Deflating
 from proma_megatron.projection.diagnostics import Tally
 from proma_megatron.projection.factors import (
     DenseFactors,
@@ -28,11 +29,13 @@ from proma_megatron.projection.factors import (
     LookupFactors,
     VectorFactors,
 )
-from proma_megatron.projection.solver import Capture, Solver
+from proma_megatron.projection.preconditioning import Preconditioning
+from proma_megatron.projection.projecting import Projecting
+from proma_megatron.projection.solver import Capture, Updater
 from proma_megatron.projection.tied import TiedEnds
 from proma_megatron.projection.units import units_of
 from proma_megatron.records import Microbatch, Sequences
-from proma_megatron.topology import Topology
+from proma_megatron.topology import Axis, Topology
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,16 @@ class Current:
 
     chunk: int
     microbatch: Microbatch
+
+
+def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updater:
+    """The rule of a configuration; ``dtype`` is the one that the model computes in."""
+    assert config.rule != "none", "rule 'none' is Megatron's own accumulation"
+    if config.rule == "subspace":
+        return Deflating(config, tensor)
+    if config.rule in ("kernel", "norm"):
+        return Preconditioning(config, tensor)
+    return Projecting(config, tensor, dtype)
 
 
 class Accumulator:
@@ -73,14 +86,15 @@ class Accumulator:
             if isinstance(layer, CAPTURED_LAYERS)
         ]
         self._check_claims()
+        # Only a linear weight has the two factors whose subspaces are meant.
+        parameters = "linear" if config.rule == "subspace" else config.parameters
         self.units = {
-            key: units_of(shard, config.unit, config.parameters)
-            for key, shard in self.shards.items()
+            key: units_of(shard, config.unit, parameters) for key, shard in self.shards.items()
         }
         self.tied_table = self._find_tied_table() if tied else None
         self.ends = TiedEnds(topology) if tied and topology.tied_ends is not None else None
         dtype = next(iter(self.shards.values())).parameter.dtype
-        self.solver = Solver(config, topology.tensor, dtype)
+        self.solver = updater(config, topology.tensor, dtype)
         self._current: Current | None = None
         self._group: tuple[int, int, int | None] | None = None
         self._pending: list[Capture] = []
@@ -115,7 +129,7 @@ class Accumulator:
 
     @property
     def tally(self) -> Tally:
-        """What K and c said in the step that was begun last."""
+        """What the rule's figures said in the step that was begun last."""
         return self.solver.tally
 
     def enable(self, on: bool) -> None:
@@ -227,9 +241,7 @@ class Accumulator:
     ) -> DenseFactors:
         dtype = self._dtype(shard.parameter)
         size = sequences.count * shard.parameter.numel() * dtype.itemsize
-        # With A = 0 nothing is removed: the plain GEMM is the whole update.
-        needed = self._projects(shard)
-        materialize = needed and self._held + size <= self._block_bytes
+        materialize = self._asks_for_gradients(shard) and self._held + size <= self._block_bytes
         if materialize:
             self._held += size
         return DenseFactors(
@@ -242,10 +254,11 @@ class Accumulator:
             lookup=lookup,
         )
 
-    def _projects(self, shard: ParameterShard) -> bool:
-        """Whether this microbatch removes something from this parameter's gradient."""
+    def _asks_for_gradients(self, shard: ParameterShard) -> bool:
+        """Whether this microbatch's sequence gradients of a weight are needed one by one."""
         key = id(shard.parameter)
-        return self._seen[key] > 0 and any(unit.projected for unit in self.units[key])
+        projected = any(unit.projected for unit in self.units[key])
+        return projected and self.solver.asks_for_gradients(first=self._seen[key] == 0)
 
     # ------------------------------------------------------------------ groups
 

@@ -1,8 +1,13 @@
 """What K and c say about an update: per unit, and summed up over units and microbatches.
 
-Nothing here reads a gradient: every figure comes from the k + k^2 numbers that the projection needs
-anyway. A parameter's first microbatch is not counted, for no K is formed before something has been
-accumulated.
+Nothing here reads a gradient: every figure comes from numbers that the rule needs anyway, k + k^2
+of a unit for PROMA's. There a parameter's first microbatch is not counted, for no K is formed
+before something has been accumulated. What "removed" and "accumulated" are depends on the rule:
+
+- exact, iterative, ridge: what is taken out of A, and the A that it is taken from;
+- kernel, norm: G (a - a'), what the transformed advantages change, and the plain P = G a;
+- subspace: what is taken out of the microbatch's own gradient G, and that G. There is no K, and so
+  only energies and the clamp are known.
 """
 
 from __future__ import annotations
@@ -27,10 +32,10 @@ ROUNDING = 1e-12  # relative; sums of products smaller than this say nothing
 class UnitSums:
     """Sums of one unit over microbatches; of several units, ranks or replicas where added."""
 
-    solved: float = 0.0  # projections
+    solved: float = 0.0  # projections, or transformations of advantages
     clamped: float = 0.0  # of them met the bound
     removed: float = 0.0  # |removed|^2
-    accumulated: float = 0.0  # |A|^2 before projecting
+    accumulated: float = 0.0  # |.|^2 of what it is compared with; A before projecting
     effective_rank: float = 0.0  # (tr K)^2 / |K|_F^2: 1 to k, 0 if all are silent
     cosine: float = 0.0  # mean pairwise cosine of the sequences' gradients
     cosines: float = 0.0  # microbatches that have a pair
@@ -70,6 +75,10 @@ class UnitSums:
         found = {
             "removed_energy": self.removed / self.accumulated if self.accumulated else 0.0,
             "clamp_rate": self.clamped / self.solved,
+        }
+        if not self.sequences:
+            return found  # no K was formed
+        found |= {
             "effective_rank": self.effective_rank / self.solved,
             "cosine": self.cosine / self.cosines if self.cosines else 0.0,
             "orthogonality_residual": self.residual,
@@ -92,7 +101,7 @@ class Tally:
         advantages: torch.Tensor,
         outcome: Outcome,
     ) -> None:
-        """Count a batch of units: K (U, k, k), |A|^2 (U,), a (k,)."""
+        """Count a batch of units: K (U, k, k), |A|^2 or what stands for it (U,), a (k,)."""
         k = gram.shape[-1]
         tiny = torch.finfo(gram.dtype).tiny
         diagonal = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0)
@@ -121,6 +130,27 @@ class Tally:
             sequences=ones * k,  # type: ignore[arg-type]
             residual=residual,  # type: ignore[arg-type]
         )
+        self._count(names, found)
+
+    def add_energies(
+        self,
+        names: tuple[str, ...],
+        removed: torch.Tensor,
+        accumulated: torch.Tensor,
+        clamped: torch.Tensor,
+    ) -> None:
+        """Count a batch of units without a K: squared norms, and whether the bound bit; (U,)."""
+        nothing = torch.zeros_like(removed)
+        figures = dict.fromkeys((field.name for field in fields(UnitSums)), nothing)
+        figures |= {
+            "solved": torch.ones_like(removed),
+            "clamped": clamped.double(),
+            "removed": removed,
+            "accumulated": accumulated,
+        }
+        self._count(names, UnitSums(**figures))  # type: ignore[arg-type]
+
+    def _count(self, names: tuple[str, ...], found: UnitSums) -> None:
         rows = torch.stack(astuple(found), dim=-1)
         before = self._sums.get(names)
         if before is None:

@@ -22,8 +22,13 @@ Rows = tuple[tuple[int, int], ...]
 class Factors(Protocol):
     """The sequence gradients of one weight or table in one microbatch."""
 
-    def products(self, rows: Rows, accumulated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K (k, k) and c (k,) over these rows, float64, of this rank's entries."""
+    def products(
+        self, rows: Rows, accumulated: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K (k, k) and c (k,) over these rows, float64, of this rank's entries.
+
+        Without ``accumulated`` c is 0, and costs nothing.
+        """
         ...
 
     def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:
@@ -71,6 +76,7 @@ class DenseFactors:
         self.dy = dy.to(dtype)  # (T, out)
         self.sequences = sequences
         self.lookup = lookup
+        self.block_bytes = block_bytes
         row_bytes = max(1, sequences.count * x.shape[1] * dtype.itemsize)
         self.block = max(1, block_bytes // row_bytes)
         self.gradients = self._form(0, dy.shape[1]) if materialize else None
@@ -94,14 +100,17 @@ class DenseFactors:
                 high = min(low + self.block, stop)
                 yield low, high, self._form(low, high)
 
-    def products(self, rows: Rows, accumulated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def products(
+        self, rows: Rows, accumulated: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         k = self.sequences.count
         gram = self.x.new_zeros((k, k), dtype=torch.float64)
         overlap = self.x.new_zeros(k, dtype=torch.float64)
         for low, high, gradients in self._blocks(rows):
             flat = gradients.flatten(1)
             gram += flat @ flat.T
-            overlap += flat @ accumulated[low:high].flatten()
+            if accumulated is not None:
+                overlap += flat @ accumulated[low:high].flatten()
         return gram, overlap
 
     def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:
@@ -118,6 +127,23 @@ class DenseFactors:
             )
         if self.lookup is not None:
             self.lookup.update(rows, accumulated, per_token)
+
+    def accumulate(
+        self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor
+    ) -> torch.Tensor:
+        """As `update`, without a lookup; |what was added|^2 (), float64, of this rank's entries."""
+        assert self.lookup is None
+        per_token = self.sequences.per_token(coefficients).to(self.dy.dtype)
+        energy = self.x.new_zeros((), dtype=torch.float64)
+        # A block, and dY of its rows, take at most block_bytes each.
+        step = max(1, self.block_bytes // (max(self.x.shape) * self.x.element_size()))
+        for start, stop in rows:
+            for low in range(start, stop, step):
+                high = min(low + step, stop)
+                part = (self.dy[:, low:high] * per_token[:, None]).t() @ self.x
+                accumulated[low:high] += part
+                energy += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        return energy
 
 
 @dataclass(frozen=True)
@@ -149,7 +175,9 @@ class LookupFactors:
         width = lookup.dy.shape[1] * lookup.dy.element_size()
         self.block = max(1, block_bytes // max(1, sequences.count * width))
 
-    def products(self, rows: Rows, accumulated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def products(
+        self, rows: Rows, accumulated: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         k, lookup, owner = self.sequences.count, self.lookup, self.sequences.owner
         gram = lookup.dy.new_zeros((k, k), dtype=torch.float64)
         overlap = lookup.dy.new_zeros(k, dtype=torch.float64)
@@ -166,7 +194,8 @@ class LookupFactors:
             dense.view(-1, dense.shape[-1]).index_add_(0, flat, lookup.dy[tokens[here]])
             block = dense.flatten(1)
             gram += block @ block.T
-            overlap += block @ accumulated[used[low:high]].flatten()
+            if accumulated is not None:
+                overlap += block @ accumulated[used[low:high]].flatten()
         return gram, overlap
 
     def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:

@@ -79,7 +79,7 @@ def solve(
         beta = _iterative(gram, overlap)
     removed = spectrum.square_norm(beta)
     policy = spectrum.square_norm(advantages.expand_as(beta))
-    factor = _clamp(removed, policy, bound) * shrinkage
+    factor = clamp_factor(removed, policy, bound) * shrinkage
     return Solution(
         coefficients=advantages - factor[..., None] * beta,
         removed=removed * factor**2,
@@ -122,7 +122,7 @@ def solve_vectors(
         inside = _apply(gradients.mT, beta)
     square = inside.square().sum(dim=-1)
     policy = _apply(gradients.mT, advantages.expand(gram.shape[:-1])).square().sum(dim=-1)
-    factor = _clamp(square, policy, bound) * shrinkage
+    factor = clamp_factor(square, policy, bound) * shrinkage
     left = _apply(gradients, accumulated - inside)
     return VectorSolution(
         removed_part=factor[..., None] * inside,
@@ -133,12 +133,28 @@ def solve_vectors(
     )
 
 
-def _clamp(removed: torch.Tensor, policy: torch.Tensor, bound: float | None) -> torch.Tensor:
-    """What scales the removed part down to ``bound * |P|``; from squared norms (...,)."""
+def clamp_factor(removed: torch.Tensor, policy: torch.Tensor, bound: float | None) -> torch.Tensor:
+    """What scales the removed part down to ``bound * |P|``, (...,) in [0, 1].
+
+    Args:
+        removed, policy: squared norms (...,), of the removed part and of P.
+    """
     if bound is None:
         return torch.ones_like(removed)
     limit, norm = bound * policy.sqrt(), removed.sqrt()
     return torch.where(norm > limit, limit / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
+
+
+def finite_eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``torch.linalg.eigh``, which by itself refuses only some of what is not finite.
+
+    Raises:
+        torch.linalg.LinAlgError: a matrix is not finite.
+    """
+    values, vectors = torch.linalg.eigh(matrices)
+    if not bool(values.isfinite().all()):
+        raise torch.linalg.LinAlgError("eigenvalues are not finite")
+    return values, vectors
 
 
 def _inverse_norms(gram: torch.Tensor) -> torch.Tensor:
@@ -169,7 +185,7 @@ class _Spectrum:
     @classmethod
     def of(cls, gram: torch.Tensor, cutoff: float) -> _Spectrum:
         scale = _inverse_norms(gram)
-        values, vectors = torch.linalg.eigh(scale[..., :, None] * gram * scale[..., None, :])
+        values, vectors = finite_eigh(scale[..., :, None] * gram * scale[..., None, :])
         return cls(scale, torch.where(values > cutoff * values[..., -1:], values, 0.0), vectors)
 
     def pseudo_inverse(self, overlap: torch.Tensor) -> torch.Tensor:

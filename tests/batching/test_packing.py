@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ unhurried = settings(deadline=None)  # torch's first call of anything is slow
 
 
 @st.composite
-def training_sequences(draw: st.DrawFn) -> TrainingSequence:
+def training_sequences(draw: st.DrawFn, referenced: bool = False) -> TrainingSequence:
     length = draw(st.integers(1, 9))
 
     def entries(element: st.SearchStrategy) -> tuple:
@@ -37,6 +39,7 @@ def training_sequences(draw: st.DrawFn) -> TrainingSequence:
         advantage=draw(st.floats(-3, 3)),
         old_logprobs=entries(st.floats(-5, -0.125)),
         token_weights=entries(unit) if draw(st.booleans()) else None,
+        reference_logprobs=entries(st.floats(-5, -0.125)) if referenced else None,
     )
 
 
@@ -197,6 +200,40 @@ def test_per_sequence_values_reach_their_tokens_and_indicators_agree(
     assert torch.equal(tail, members.indicator(0, total)[:, total // 2 :])
 
 
+@unhurried
+@given(st.lists(training_sequences(referenced=True), min_size=1, max_size=5), st.integers(1, 8))
+def test_reference_log_probabilities_speak_of_the_same_tokens_as_the_old_ones(
+    sequences: list[TrainingSequence], multiple: int
+) -> None:
+    microbatch = pack(sequences, 0, 1.0, CPU, multiple)
+    swapped = [replace(s, old_logprobs=s.reference_logprobs) for s in sequences]
+    found = microbatch.reference_logprobs
+    assert found is not None
+    assert torch.equal(found, pack(swapped, 0, 1.0, CPU, multiple).old_logprobs)
+    assert found.dtype == torch.float64
+
+
+@unhurried
+@given(training_sequences(), training_sequences(referenced=True))
+def test_either_all_sequences_have_reference_log_probabilities_or_none(
+    without: TrainingSequence, given_: TrainingSequence
+) -> None:
+    assert pack([without, without], 0, 1.0, CPU).reference_logprobs is None
+    with pytest.raises(ValueError, match="1 of 3 sequences have reference_logprobs"):
+        pack([without, given_, without], 0, 1.0, CPU)
+
+
+@unhurried
+@given(st.lists(training_sequences(), max_size=5), st.integers(1, 8))
+def test_sums_by_sequence_leave_padding_out(
+    sequences: list[TrainingSequence], multiple: int
+) -> None:
+    microbatch = pack(sequences, 0, 1.0, CPU, multiple)
+    members, total = microbatch.sequences, microbatch.num_tokens
+    values = torch.arange(1.0, total + 1, dtype=torch.float64)
+    assert torch.equal(members.sums(values), members.indicator(0, total) @ values)
+
+
 def test_an_empty_microbatch_is_padding_alone() -> None:
     microbatch = pack([], 0, 5.0, CPU, multiple=4)
     assert microbatch.num_tokens == 4
@@ -205,13 +242,16 @@ def test_an_empty_microbatch_is_padding_alone() -> None:
     assert microbatch.positions.tolist() == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("name", ["loss_mask", "old_logprobs", "token_weights"])
+@pytest.mark.parametrize(
+    "name", ["loss_mask", "old_logprobs", "token_weights", "reference_logprobs"]
+)
 def test_a_record_of_uneven_tuples_is_refused_by_field(name: str) -> None:
     fields: dict = {
         "tokens": (1, 2, 3),
         "loss_mask": (0, 1, 1),
         "old_logprobs": (0.0, -1.0, -1.0),
         "token_weights": (1.0, 1.0, 1.0),
+        "reference_logprobs": (0.0, -1.0, -1.0),
         "advantage": 0.0,
     }
     with pytest.raises(ValueError, match=f"{name} has 2 entries, expected 3"):
@@ -230,4 +270,5 @@ def test_consecutive_microbatches_keep_the_order_and_the_replicas_in_step(
     assert [index for found in in_order for index in found] == list(range(count))
     full = [found for found in in_order if found]
     assert all(len(found) == size for found in full[:-1])
-    assert len(in_order) - len(full) < replicas * multiple
+    # A replica has a microbatch even if there is nothing to do.
+    assert len(in_order) - len(full) < replicas * multiple + (count == 0)

@@ -52,6 +52,14 @@ CASES: dict[str, Case] = {
     "proma wide, materialized": (
         {"hidden_size": 256, "ffn_hidden_size": 512}, {}, "proma", 16, 4, 16, 3, {}
     ),
+    "isopo one microbatch": ({}, {}, "isopo", 16, 8, 64, 1, {}),
+    "isopo vocabulary, untied": (UNTIED, {}, "isopo", 1024, 4, 64, 3, {}),
+    "intra": ({}, {}, "intra_proma", 16, 4, 64, 2, {}),
+    "intra long": (UNTIED, {}, "intra_proma", 16, 8, 64, 3, {"rank": 32}),
+    "intra wide": (
+        {"hidden_size": 256, "ffn_hidden_size": 512}, {}, "intra_proma", 16, 4, 16, 2, {}
+    ),
+    "intra SP": ({}, {"tensor": 2, "sequence": True}, "intra_proma", 16, 8, 64, 2, {}),
     "TP2": (FLOAT, {"tensor": 2}, "reinforce", 16, 8, 64, 2, {}),
     "TP2 SP": ({}, {"tensor": 2, "sequence": True}, "reinforce", 16, 8, 64, 2, {}),
     "TP2 SP proma": ({}, {"tensor": 2, "sequence": True}, "proma", 16, 8, 64, 2, {}),

@@ -159,12 +159,12 @@ def test_what_waits_for_its_backward() -> None:
 
 
 def test_one_microbatch_projects_nothing() -> None:
-    few = {"rollout": {"prompts_per_step": 2, "samples_per_prompt": 2}}
-    plan = make_plan(run_config(**few), VOCAB, gpu_memory=GIB)
-    assert plan.counts.microbatches == 1
-    assert plan.projection_removes is False
-    assert make_plan(run_config(), VOCAB, gpu_memory=GIB).projection_removes is True
-    assert "Nothing will be projected" in shown(plan)
+    few = run_config(rollout={"prompts_per_step": 2, "samples_per_prompt": 2}).model_dump()
+    for rule in ("kernel", "norm", "subspace"):
+        algorithm = "intra_proma" if rule == "subspace" else "isopo"
+        tree = {**few, "algorithm": algorithm, "projection": {"rule": rule}}
+        config = RunConfig.model_validate(tree)
+        assert make_plan(config, VOCAB, gpu_memory=GIB).projection_removes is True
 
 
 def test_constants_are_those_of_the_code() -> None:

@@ -21,6 +21,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "TP2 SP recompute": ({"recompute": "full"}, {"tensor": 2, "sequence": True}, {}, "reinforce"),
     "TP4, 2 KV heads": ({}, {"tensor": 4}, {}, "reinforce"),
     "TP2 SP proma": ({}, {"tensor": 2, "sequence": True}, {}, "proma"),
+    "TP2 SP isopo": ({}, {"tensor": 2, "sequence": True}, {}, "isopo"),
+    "TP2 SP intra": ({}, {"tensor": 2, "sequence": True}, {}, "intra_proma"),
     "PP2 tied proma": ({}, {"pipeline": 2}, {}, "proma"),
     "PP2 virtual": ({"tie_embeddings": False}, {"pipeline": 2, "virtual_pipeline": 2}, {}, "proma"),
     "DP2": ({}, {"data": 2}, {}, "reinforce"),
@@ -145,3 +147,32 @@ def test_the_projection_is_a_small_part() -> None:
     )
     (stage,) = make_plan(config, 151936, gpu_memory=2**37).stages
     assert 0 < stage.traffic.projection < 0.001 * stage.traffic.tensor
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({"trainer": {"kl_every": 1}}, 1),
+        ({"trainer": {"kl_every": 4, "kl_lagged_every": 2, "kl_step_every": 1}}, 1.75),
+        ({"loss": {"kl": {"coefficient": 0.1}, "mismatch": "token"}}, 2),
+        (
+            {
+                "loss": {"kl": {"coefficient": 1, "reference": "rollout", "target": 0.1}},
+                "batching": {"minibatches": 2, "tokens_per_microbatch": 128},
+            },
+            1,
+        ),
+        ({"trainer": {"kl_every": 2}, "loss": {"kl": {"coefficient": 1, "target": 0.1}}}, 1.5),
+    ],
+)
+def test_passes_that_only_look_are_counted(changes: dict[str, Any], passes: float) -> None:
+    tree = run_config("TP2").model_dump() | {"algorithm": "grpo"}
+
+    def looks(more: dict[str, Any]) -> int:
+        config = RunConfig.model_validate({**tree, "trainer": {"kl_every": 0}, **more})
+        return make_plan(config, VOCAB, gpu_memory=2**30).stages[0].traffic.looks
+
+    one = looks({"trainer": {"kl_lagged_every": 1, "kl_every": 0}})
+    assert one > 0
+    assert looks({}) == 0
+    assert looks({"trainer": {"kl_every": 0}, **changes}) == pytest.approx(passes * one, rel=1e-6)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from support.pool import WorkerPool
 from support.vocabulary import Scored, score
+
+from proma_megatron.policy import logprobs as module
+from proma_megatron.policy.logprobs import vocab_parallel_logprobs
+from proma_megatron.topology import Topology
 
 VOCAB = 251
 TOKENS = 23
@@ -44,6 +51,7 @@ def run(
     upstream: torch.Tensor,
     vocab: int = VOCAB,
     chunk: int = 5,
+    upstream_entropy: torch.Tensor | None = None,
 ) -> list[Scored]:
     return workers.run(
         tensor,
@@ -52,6 +60,7 @@ def run(
         logits=logits,
         labels=labels,
         upstream=upstream,
+        upstream_entropy=upstream_entropy,
         vocab_size=vocab,
         temperature=TEMPERATURE,
         chunk=chunk,
@@ -123,3 +132,89 @@ def test_lower_precision_logits_are_reduced_in_float32(
         torch.testing.assert_close(found.entropy.double(), entropy, rtol=0, atol=value_error)
     columns = torch.cat([found.grad for found in ranks], dim=1).double()
     torch.testing.assert_close(columns, grad, rtol=0.01, atol=grad_error)
+
+
+# --------------------------------------------------------------------------- entropy's gradient
+
+
+def alone(
+    logits: torch.Tensor, labels: torch.Tensor, vocab: int = VOCAB, temperature: float = TEMPERATURE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropy in this process, which has all columns."""
+    topology = cast(Topology, SimpleNamespace(tensor=SimpleNamespace(rank=0, size=1, group=None)))
+    return vocab_parallel_logprobs(logits, labels, vocab, topology, temperature)
+
+
+def dense(
+    logits: torch.Tensor, labels: torch.Tensor, vocab: int = VOCAB, temperature: float = TEMPERATURE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    log_softmax = torch.log_softmax(logits[:, :vocab] / temperature, dim=1)
+    entropy = -(log_softmax.exp() * log_softmax).sum(dim=1)
+    return log_softmax[torch.arange(len(labels)), labels], entropy
+
+
+@pytest.mark.parametrize(("of_logprobs", "of_entropy"), [(0, 1), (1, 1), (1, 0)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("padded", [251, 256])
+def test_gradients_of_both_outputs_are_those_of_the_dense_softmax(
+    monkeypatch: pytest.MonkeyPatch,
+    of_logprobs: int,
+    of_entropy: int,
+    temperature: float,
+    padded: int,
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 5)
+    logits, labels, upstream = inputs(padded)
+    logits.requires_grad_()
+    other = upstream.flip(0)
+
+    def grad(outputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        terms = ((outputs[0] * upstream).sum(), (outputs[1] * other).sum())
+        chosen = [t for t, on in zip(terms, (of_logprobs, of_entropy), strict=True) if on]
+        return torch.autograd.grad(torch.stack(chosen).sum(), logits)[0]
+
+    found = grad(alone(logits, labels, temperature=temperature))
+    wanted = grad(dense(logits, labels, temperature=temperature))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+    assert torch.equal(found[:, VOCAB:], torch.zeros(TOKENS, padded - VOCAB).double())
+    assert found.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entropy_of_certain_tokens_has_a_finite_gradient(dtype: torch.dtype) -> None:
+    """Probabilities that underflow, and upstreams that would take -inf to NaN with them."""
+    logits, labels, _ = inputs(256)
+    logits[:, :VOCAB] *= 2000
+    logits = logits.to(dtype).requires_grad_()
+    for scale in (1.0, 1e3):
+        logprobs, entropy = alone(logits, labels)
+        (grad,) = torch.autograd.grad((entropy.sum() + 0 * logprobs.sum()) * scale, logits)
+        assert bool(grad.isfinite().all())
+        assert not grad[:, VOCAB:].any()
+
+
+def test_entropy_over_shards_has_the_gradient_of_the_whole(workers: WorkerPool) -> None:
+    logits, labels, upstream = inputs(336)  # half of the second rank is padding
+    other = upstream.flip(0)
+    ranks = run(workers, 2, logits, labels, upstream, upstream_entropy=other)
+    full = logits.clone().requires_grad_()
+    logprobs, entropy = dense(full, labels)
+    (wanted,) = torch.autograd.grad((logprobs * upstream + entropy * other).sum(), full)
+    columns = torch.cat([found.grad for found in ranks], dim=1)
+    torch.testing.assert_close(columns, wanted, rtol=0, atol=1e-12)
+
+
+def test_backward_without_entropy_does_not_compute_its_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any) -> torch.Tensor:
+        raise AssertionError("entropy has no gradient here")
+
+    monkeypatch.setattr(module, "_entropy_gradient", fail)
+    logits, labels, upstream = inputs(252)
+    logits.requires_grad_()
+    logprobs, entropy = alone(logits, labels)
+    (logprobs * upstream).sum().backward()
+    with pytest.raises(AssertionError, match="no gradient here"):
+        alone(logits, labels)[1].sum().backward()
+    assert entropy.requires_grad

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 from proma_megatron.batching.packing import pack
 from proma_megatron.config import ModelConfig, RunConfig
 from proma_megatron.policy.attention import KeyValueCache
-from proma_megatron.policy.losses import LossOptions
+from proma_megatron.policy.losses.options import REINFORCE, UNIT
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.policy.schedule import forward_backward
@@ -216,7 +216,7 @@ def _train_under(
     with layout(config.parallel, device, 0) as topology:
         policy = _policy(config, vocab_size, topology)
         accumulator = _accumulator(config, policy)
-        options = LossOptions("unit" if accumulator else "reinforce")
+        options = UNIT if accumulator else REINFORCE
         batches = full_microbatches(config, vocab_size, microbatches, topology)
         with mode:
             forward_backward(policy, batches, options, accumulator=accumulator)

@@ -11,6 +11,7 @@ import torch
 
 from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
 from proma_megatron.exactness.accumulate import denominator
+from proma_megatron.projection import subspace
 from proma_megatron.records import TrainingSequence
 from support.gradients import TINY, Batch, gradients, random_batch, streaming
 from support.pool import WorkerPool
@@ -47,6 +48,20 @@ PROJECTIONS: dict[str, ProjectionConfig] = {
     "ridge-linear-fused": ProjectionConfig(
         rule="ridge", bound=None, parameters="linear", unit="megatron"
     ),
+}
+# Rules that act on a microbatch by itself. Rank 2 is less than any microbatch's number of tokens:
+# where everything is removed, an error relative to what is left says nothing.
+OTHER_RULES: dict[str, ProjectionConfig] = {
+    "kernel": ProjectionConfig(rule="kernel"),
+    "kernel-weak": ProjectionConfig(rule="kernel", regularization=30.0, parameters="linear"),
+    "kernel-fused": ProjectionConfig(rule="kernel", regularization=0.1, unit="megatron"),
+    "norm": ProjectionConfig(rule="norm"),
+    "norm-fused": ProjectionConfig(rule="norm", regularization=0.1, unit="megatron"),
+    "subspace": ProjectionConfig(rule="subspace", rank=2, bound=None),
+    "subspace-bound": ProjectionConfig(rule="subspace", rank=8, bound=0.5, shrinkage=0.5),
+    "subspace-input": ProjectionConfig(rule="subspace", rank=2, bound=0.7, sides="input"),
+    "subspace-output": ProjectionConfig(rule="subspace", rank=2, bound=None, sides="output"),
+    "subspace-fused": ProjectionConfig(rule="subspace", rank=2, bound=None, unit="megatron"),
 }
 PLAIN = ProjectionConfig(rule="none")
 # Every combination of what a projection's configuration can say.
@@ -168,8 +183,17 @@ def run(workers: WorkerPool, case: Case) -> dict[str, torch.Tensor]:
     )[0]
 
 
+def iterating(device: torch.device, **arguments: Any) -> dict[str, torch.Tensor]:
+    """A job: `gradients`, with subspaces by iteration as where microbatches are long."""
+    before, subspace.DIRECT_TOKENS = subspace.DIRECT_TOKENS, 0
+    try:
+        return gradients(device, **arguments)
+    finally:
+        subspace.DIRECT_TOKENS = before
+
+
 def projection_named(name: str) -> ProjectionConfig:
-    return (PROJECTIONS | EVERY_PROJECTION)[name]
+    return (PROJECTIONS | OTHER_RULES | EVERY_PROJECTION)[name]
 
 
 @functools.lru_cache(maxsize=512)

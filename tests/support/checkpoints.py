@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.checkpoint import WeightSnapshot, load_checkpoint, save_checkpoint
+from proma_megatron.checkpoint import load_checkpoint, save_checkpoint
 from proma_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.losses import LossOptions
+from proma_megatron.policy.losses.options import REINFORCE
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.snapshots import WeightSnapshot
 from proma_megatron.topology import Topology, layout
 from support.gradients import VOCAB, random_batch
 
@@ -46,7 +47,7 @@ def _step(policy: Policy, optimizer: Optimizer, seed: int) -> None:
         pack(sequences, index, 40.0, topology.device, multiple)
         for index, sequences in enumerate(mine)
     ]
-    forward_backward(policy, microbatches, LossOptions("reinforce"))
+    forward_backward(policy, microbatches, REINFORCE)
     optimizer.step()
 
 
@@ -96,6 +97,6 @@ def swap(device: torch.device, model: ModelConfig) -> tuple[Weights, Weights, We
         before = now()
         _step(policy, optimizer, seed=10)
         after = now()
-        with snapshot:
+        with snapshot.in_place():
             inside = now()
         return before, after, inside, now()

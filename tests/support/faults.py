@@ -10,7 +10,7 @@ import torch
 from proma_megatron.batching.packing import pack
 from proma_megatron.config import ParallelConfig, ProjectionConfig
 from proma_megatron.exactness.accumulate import denominator
-from proma_megatron.policy.losses import LossOptions
+from proma_megatron.policy.losses.options import UNIT
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.schedule import forward_backward
 from proma_megatron.projection.accumulator import Accumulator
@@ -67,7 +67,6 @@ def run_with_a_forgotten_layer(device: torch.device, layer: int, path: str) -> s
             pack(sequences, index, denominator(batch), device)
             for index, sequences in enumerate(batch)
         ]
-        unit = LossOptions("unit")
         return complaint(
-            lambda: forward_backward(policy, microbatches, unit, accumulator=accumulator)
+            lambda: forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
         )

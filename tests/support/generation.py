@@ -12,7 +12,7 @@ import torch
 from proma_megatron.batching.packing import pack
 from proma_megatron.config import ModelConfig, ParallelConfig
 from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.losses import LossOptions
+from proma_megatron.policy.losses.options import UNIT
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.schedule import evaluate_logprobs, forward_backward
 from proma_megatron.records import Microbatch, TrainingSequence
@@ -141,7 +141,7 @@ def gradients_around_a_rollout(
         microbatches = _microbatches(prompts, completions, policy)
 
         def gradients() -> dict[str, torch.Tensor]:
-            forward_backward(policy, microbatches, LossOptions("unit"))
+            forward_backward(policy, microbatches, UNIT)
             full = gather(
                 policy.shards,
                 lambda shard: shard.parameter.main_grad,  # type: ignore[attr-defined]

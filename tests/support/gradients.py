@@ -16,7 +16,8 @@ from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
 from proma_megatron.exactness.accumulate import denominator, projected_gradients, replica_share
 from proma_megatron.policy.gathering import gather
 from proma_megatron.policy.logprobs import vocab_parallel_logprobs
-from proma_megatron.policy.losses import LossOptions, policy_loss
+from proma_megatron.policy.losses.loss import policy_loss
+from proma_megatron.policy.losses.options import REINFORCE, UNIT
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.parameters import fill, tensor_shapes
 from proma_megatron.policy.schedule import forward_backward
@@ -134,7 +135,7 @@ def captured_gradients(
                 pack(sequences, index, total, device, padding)
                 for index, sequences in enumerate(batch)
             ]
-        forward_backward(policy, microbatches, LossOptions("unit"), accumulator=accumulator)
+        forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
         return _main_grads(policy)
 
 
@@ -179,8 +180,10 @@ def plain_gradients(
         with topology.megatron_calls():
             for microbatch in replica_share(batch, 0, 1, topology, denominator(batch)):
                 logits = policy.forward_packed(chunk, microbatch)[0]
-                logprobs, _ = vocab_parallel_logprobs(logits, microbatch.labels, VOCAB, topology)
-                policy_loss(logprobs, microbatch, LossOptions("reinforce")).backward()
+                logprobs, entropy = vocab_parallel_logprobs(
+                    logits, microbatch.labels, VOCAB, topology
+                )
+                policy_loss(logprobs, entropy, microbatch, REINFORCE).backward()
             finalize_model_grads([chunk], None)
         return _main_grads(policy)
 

@@ -1,6 +1,7 @@
-"""The projection as the paper writes it, on vectors of the parameters' full dimension.
+"""The rules as written down, on vectors and matrices of the parameters' full dimension.
 
-Source: PROMA (arXiv:2601.10498), figures 1 and 3 and section 3; ridge from its published code.
+Sources: PROMA (arXiv:2601.10498), figures 1 and 3 and section 3, ridge from its published code;
+ISOPO (arXiv:2512.23353) and its published code; Intra-PROMA as docs/methods.md has it.
 """
 
 from __future__ import annotations
@@ -53,3 +54,49 @@ def project_to_complement(
         for u in directions.T:
             accumulated = accumulated - torch.dot(accumulated, u) * u
     return accumulated
+
+
+def isopo_advantages(
+    rule: str, sequence_gradients: torch.Tensor, advantages: torch.Tensor, regularization: float
+) -> torch.Tensor:
+    """ISOPO's transformed advantages (k,), from ``sequence_gradients`` (d, k) themselves."""
+    k = len(advantages)
+    mean = float(sequence_gradients.square().sum()) / k
+    if mean == 0:
+        return advantages
+    reg = regularization * mean
+    if rule == "norm":
+        return advantages / (1 + sequence_gradients.square().sum(dim=0) / reg).sqrt()
+    assert rule == "kernel"  # V diag(reg / (D + reg)) V^T = reg (K + reg I)^-1
+    damped = sequence_gradients.T @ sequence_gradients + reg * torch.eye(k, dtype=torch.float64)
+    return reg * torch.linalg.solve(damped, advantages)
+
+
+def dominant_projector(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """U U^T (n, n) of the ``rank`` dominant right singular vectors of ``matrix`` (T, n)."""
+    _, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    basis = right[:rank][sizes[:rank] > 1e-6 * sizes[0]]
+    return basis.T @ basis
+
+
+def deflated(
+    x: torch.Tensor, dy: torch.Tensor, per_token: torch.Tensor, projection: ProjectionConfig
+) -> torch.Tensor:
+    """Intra-PROMA's ``G - shrinkage * clamp(R)`` (out, in).
+
+    Args:
+        x: (T, in).
+        dy: (T, out), of unit losses.
+        per_token: (T,) each token's advantage.
+    """
+    gradient = dy.T @ torch.diag(per_token) @ x
+    removed = gradient
+    if projection.sides != "input":
+        removed = dominant_projector(dy, projection.rank) @ removed
+    if projection.sides != "output":
+        removed = removed @ dominant_projector(x, projection.rank)
+    if projection.bound is not None:
+        limit = projection.bound * gradient.norm()
+        if removed.norm() > limit:
+            removed = removed * limit / removed.norm()
+    return gradient - projection.shrinkage * removed

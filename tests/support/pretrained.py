@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,12 +117,6 @@ def logprobs_of(
         microbatch = _microbatch(policy, sequences)
         found = evaluate_logprobs(policy, [microbatch])
         return None if found is None else found[0][microbatch.loss_mask > 0]
-
-
-def rank_of(device: torch.device, module: str, job: Any) -> str | None:
-    """One rank of a command's job, in a process of the pool rather than one of its own."""
-    with layout(job.config.parallel, device, job.config.seed) as topology:
-        return importlib.import_module(module)._run(job, topology)
 
 
 def weights_of(device: torch.device, path: Path, parallel: Layout) -> dict[str, torch.Tensor]:

@@ -2,12 +2,16 @@
 
 Hugging Face's own model gives the gradient of every sequence by a backward pass on that sequence
 alone; vectors of the parameters' full size are then projected one after the other, as in figures 1
-and 3 of arXiv:2601.10498. Nothing is packed, sharded, captured or put in coefficient form.
+and 3 of arXiv:2601.10498. ISOPO transforms the advantages of the same vectors, and Intra-PROMA
+takes singular vectors of what went into linear modules and came back. Nothing is packed, sharded or
+put in coefficient form.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,9 +27,10 @@ from transformers import (
 from proma_megatron.config import ModelConfig, ProjectionConfig
 from proma_megatron.records import TrainingSequence
 from support.gradients import VOCAB, Batch, random_weights
-from support.paper import complement
+from support.paper import complement, deflated, isopo_advantages
 
 Gradients = dict[str, torch.Tensor]  # by Hugging Face name
+Ends = dict[str, tuple[torch.Tensor, torch.Tensor]]  # of a linear weight: X (L, in) and dY (L, out)
 
 
 def reference_gradients(
@@ -91,11 +96,44 @@ def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     return module.weight * (x * scale)
 
 
+@contextlib.contextmanager
+def _watched(network: PreTrainedModel) -> Iterator[Ends]:
+    """What goes into every linear module, and the gradient of what comes out, by weight."""
+    inputs: Gradients = {}
+    found: Ends = {}
+
+    def forward(name: str, module: Any, arguments: Any, output: torch.Tensor) -> None:
+        inputs[name] = arguments[0].detach()[0]
+        output.register_hook(partial(backward, name))
+
+    def backward(name: str, gradient: torch.Tensor) -> None:
+        found[name] = (inputs[name], gradient[0])
+
+    hooks = [
+        module.register_forward_hook(partial(forward, f"{path}.weight"))
+        for path, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
 def _sequence_gradients(
     network: PreTrainedModel, sequence: TrainingSequence, total: float
-) -> Gradients:
+) -> tuple[Gradients, Ends]:
     """Gradient of ``-(1/N) sum_t w_t log pi_t``; the advantage is not in it."""
     network.zero_grad(set_to_none=True)
+    with _watched(network) as ends:
+        _unit_loss(network, sequence, total).backward()
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in network.named_parameters()
+    }
+    return gradients, ends
+
+
+def _unit_loss(network: PreTrainedModel, sequence: TrainingSequence, total: float) -> torch.Tensor:
     tokens = torch.tensor([sequence.tokens])
     logits = network(input_ids=tokens).logits[0]
     logprobs = logits.log_softmax(dim=-1)
@@ -104,11 +142,7 @@ def _sequence_gradients(
     for t in range(1, len(sequence.tokens)):
         weight = sequence.loss_mask[t] * weights[t]
         loss = loss - weight * logprobs[t - 1, sequence.tokens[t]] / total
-    loss.backward()
-    return {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        for name, parameter in network.named_parameters()
-    }
+    return loss
 
 
 def _chain(
@@ -121,27 +155,50 @@ def _chain(
         for unit, names in units.items()
     }
     for microbatch in batch:
-        found = [_sequence_gradients(network, sequence, total) for sequence in microbatch]
-        if not found:
+        if not microbatch:
             continue
+        found, ends = zip(
+            *(_sequence_gradients(network, sequence, total) for sequence in microbatch),
+            strict=True,
+        )
         advantages = torch.tensor([s.advantage for s in microbatch], dtype=torch.float64)
         for unit, names in units.items():
             sequence_gradients = torch.stack(
                 [torch.cat([g[name].flatten() for name in names]) for g in found], dim=1
             )
             policy_gradient = sequence_gradients @ advantages
-            complemented = accumulated[unit]
-            if _is_projected(names, projection):
+            if not _is_projected(names, projection):
+                accumulated[unit] += policy_gradient
+            elif projection.rule == "subspace":
+                accumulated[unit] += _deflated(ends, names, advantages, projection)
+            elif projection.rule in ("kernel", "norm"):
+                accumulated[unit] += sequence_gradients @ isopo_advantages(
+                    projection.rule, sequence_gradients, advantages, projection.regularization
+                )
+            else:
                 complemented = complement(
                     accumulated[unit], sequence_gradients, policy_gradient, projection
                 )
-            accumulated[unit] = complemented + policy_gradient
+                accumulated[unit] = complemented + policy_gradient
     result: Gradients = {}
     for unit, names in units.items():
         parts = accumulated[unit].split([parameters[name].numel() for name in names])
         for name, part in zip(names, parts, strict=True):
             result[name] = part.view_as(parameters[name])
     return result
+
+
+def _deflated(
+    ends: Sequence[Ends],
+    names: list[str],
+    advantages: torch.Tensor,
+    projection: ProjectionConfig,
+) -> torch.Tensor:
+    """What Intra-PROMA adds for one unit (d,): all tokens of a microbatch, all rows of a unit."""
+    x = torch.cat([found[names[0]][0] for found in ends])
+    dy = torch.cat([torch.cat([found[name][1] for name in names], dim=1) for found in ends])
+    lengths = torch.tensor([len(found[names[0]][0]) for found in ends])
+    return deflated(x, dy, advantages.repeat_interleave(lengths), projection).flatten()
 
 
 def _units(names: list[str], projection: ProjectionConfig) -> dict[str, list[str]]:
@@ -159,6 +216,6 @@ def _units(names: list[str], projection: ProjectionConfig) -> dict[str, list[str
 def _is_projected(names: list[str], projection: ProjectionConfig) -> bool:
     if projection.rule == "none":
         return False
-    if projection.parameters == "all":
+    if projection.parameters == "all" and projection.rule != "subspace":
         return True
     return all(re.search(r"(_proj|lm_head)\.weight$", name) for name in names)

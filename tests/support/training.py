@@ -10,7 +10,7 @@ import torch
 from proma_megatron.batching.packing import loss_tokens, pack
 from proma_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.losses import LossOptions
+from proma_megatron.policy.losses.options import REINFORCE
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.policy.parameters import ParameterShard
@@ -82,7 +82,7 @@ def optimizer_steps(
         gradients: dict[str, torch.Tensor] = {}
         metrics, sums = [], Sums()
         for _ in range(steps):
-            sums = forward_backward(policy, microbatches, LossOptions("reinforce"))
+            sums = forward_backward(policy, microbatches, REINFORCE)
             gradients = _gather(policy, "gradient")
             metrics.append(stepper.step())
         dtypes = frozenset(

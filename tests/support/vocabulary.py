@@ -27,6 +27,7 @@ def score(
     logits: torch.Tensor,
     labels: torch.Tensor,
     upstream: torch.Tensor,
+    upstream_entropy: torch.Tensor | None,
     vocab_size: int,
     temperature: float,
     chunk: int,
@@ -42,13 +43,16 @@ def score(
             logprobs, entropy = module.vocab_parallel_logprobs(
                 local, labels.to(device), vocab_size, topology, temperature
             )
-            logprobs.backward(upstream.to(logprobs))
+            total = (logprobs * upstream.to(logprobs)).sum()
+            if upstream_entropy is not None:
+                total = total + (entropy * upstream_entropy.to(entropy)).sum()
+            total.backward()
         finally:
             module.CHUNK = default
         assert local.grad is not None
         return Scored(
             logprobs.detach().cpu(),
-            entropy.cpu(),
+            entropy.detach().cpu(),
             local.grad.cpu(),
             torch.equal(local.detach(), before),
         )

@@ -1,0 +1,205 @@
+"""What training does to sequences: microbatches, passes over them, one optimizer step a minibatch.
+
+Every rank calls the same methods with the sequences of all replicas, and takes its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from proma_megatron.algorithms import aggregation, loss_options
+from proma_megatron.batching.aggregation import aggregate
+from proma_megatron.batching.packing import (
+    consecutive_microbatches,
+    loss_tokens,
+    pack,
+    plan_microbatches,
+)
+from proma_megatron.config import RunConfig
+from proma_megatron.policy.losses.options import SUPERVISED, LossOptions
+from proma_megatron.policy.model import Policy
+from proma_megatron.policy.optimizer import Optimizer
+from proma_megatron.policy.schedule import Sums, evaluate_logprobs, forward_backward, kl_estimate
+from proma_megatron.projection import diagnostics
+from proma_megatron.projection.accumulator import Accumulator
+from proma_megatron.projection.diagnostics import Units
+from proma_megatron.records import Microbatch, TrainingSequence
+
+Plan = list[list[int]]  # this replica's microbatches, as places among the sequences
+
+
+class Learner:
+    """Passes and steps of one policy on this rank."""
+
+    def __init__(
+        self, config: RunConfig, policy: Policy, accumulator: Accumulator | None = None
+    ) -> None:
+        self.config, self.policy, self.accumulator = config, policy, accumulator
+        self.loss = loss_options(config)
+
+    # ------------------------------------------------------------------ steps
+
+    def update(
+        self, groups: Sequence[Sequence[TrainingSequence]], optimizer: Optimizer, kl: float
+    ) -> dict[str, float]:
+        """One optimizer step per minibatch of groups; what it was like.
+
+        Args:
+            kl: coefficient of the penalty in the loss, if there is one.
+        """
+        count = self.config.batching.minibatches
+        size = len(groups) // count
+        metrics: dict[str, float] = {}
+        units: Units = {}
+        sums = Sums()
+        trained, clipped, tokens = 0, 0.0, 0.0
+        for index in range(count):
+            minibatch = [s for found in groups[index * size : (index + 1) * size] for s in found]
+            sums = self.gradients(minibatch, kl)
+            update = optimizer.step()
+            clipped, tokens = clipped + sums.clipped, tokens + sums.tokens
+            if self.accumulator is not None:
+                mine = self.accumulator.tally.units()
+                units = diagnostics.merge([units, diagnostics.gather(mine, self.policy.topology)])
+            trained += sum(len(sequence.tokens) for sequence in self._kept(minibatch))
+            if index == 0 and sums.tokens:  # still the policy that the rollouts came from
+                metrics["policy/entropy"] = sums.entropy / sums.tokens
+                if self.config.loss.mismatch == "off":  # else the generator's are replaced by now
+                    metrics["policy/logprob_mismatch"] = sums.mismatch / sums.tokens
+                    metrics["policy/logprob_mismatch_max"] = sums.worst_mismatch
+            metrics |= update
+        if self.loss.clips:
+            metrics["loss/clipped"] = clipped / max(1, tokens)
+        metrics["policy/kl_rollout"] = sums.kl / max(1, sums.tokens)
+        metrics["loss/policy"] = -sums.objective
+        metrics["tokens/trained"] = float(trained)
+        return metrics | diagnostics.metrics(units)
+
+    def gradients(self, minibatch: Sequence[TrainingSequence], kl: float = 0.0) -> Sums:
+        """Gradients of one minibatch in ``main_grad``, reduced; sums over all replicas."""
+        # What is dropped still counts in the denominator: dropping changes no plain gradient.
+        weighted, denominator = aggregate(minibatch, *aggregation(self.config))
+        loss = replace(self.loss, kl=kl)
+        return self._accumulate(self._kept(weighted), denominator, loss, self.accumulator)
+
+    def _kept(self, sequences: Sequence[TrainingSequence]) -> Sequence[TrainingSequence]:
+        if self.config.batching.zero_advantage == "keep":
+            return sequences
+        return [sequence for sequence in sequences if sequence.advantage]
+
+    def supervise(
+        self, sequences: Sequence[TrainingSequence], optimizer: Optimizer
+    ) -> dict[str, float]:
+        """One optimizer step of cross-entropy on these sequences; what it was like."""
+        sums = self._accumulate(sequences, float(loss_tokens(sequences)), SUPERVISED, None, 1.0)
+        return {"loss/supervised": sums.surprise / sums.tokens, **optimizer.step()}
+
+    def _accumulate(
+        self,
+        sequences: Sequence[TrainingSequence],
+        denominator: float,
+        loss: LossOptions,
+        accumulator: Accumulator | None,
+        temperature: float | None = None,
+    ) -> Sums:
+        """Gradients of these sequences, given to all replicas; sums over all replicas."""
+        sums = forward_backward(
+            self.policy,
+            self._pack(sequences, self._plan(sequences), denominator),
+            loss,
+            accumulator=accumulator,
+            temperature=temperature or self.config.rollout.temperature,
+        )
+        return sum(self.policy.topology.gather_over_data(sums), start=Sums())
+
+    # ------------------------------------------------------------------ looking
+
+    def logprobs(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
+        """Log-probabilities of the tokens that count, under the policy's weights; else 0.
+
+        Returns:
+            For each sequence L numbers, on every rank.
+        """
+        plan, topology = self._plan(sequences), self.policy.topology
+        mine: dict[int, tuple[float, ...]] = {}
+        for members, (microbatch, values) in zip(
+            plan, self._evaluated(sequences, plan), strict=True
+        ):
+            if values is None:
+                continue
+            found = values.double().masked_fill(microbatch.loss_mask == 0, 0.0).tolist()
+            for at, (start, stop) in zip(
+                members, pairwise(microbatch.sequences.offsets), strict=True
+            ):
+                # Position t predicts token t + 1, and nothing predicts the first.
+                mine[at] = (0.0, *found[start : stop - 1])
+        everything: dict[int, tuple[float, ...]] = {}
+        for part in topology.gather_over_data(self._agreed(mine)):
+            everything |= part
+        return [everything[at] for at in range(len(sequences))]
+
+    def divergence(self, sequences: Sequence[TrainingSequence]) -> float:
+        """KL(sampling policy, policy) per token: the k3 estimate on these rollouts."""
+        plan, topology = self._plan(sequences), self.policy.topology
+        total, count = 0.0, 0.0
+        for microbatch, values in self._evaluated(sequences, plan):
+            if values is None:
+                continue
+            mask = microbatch.loss_mask > 0
+            total += kl_estimate(values[mask], microbatch.old_logprobs[mask])
+            count += float(mask.sum())
+        shares = topology.gather_over_data(self._agreed((total, count)))
+        return sum(total for total, _ in shares) / max(1.0, sum(count for _, count in shares))
+
+    def _agreed[Value](self, value: Value) -> Value:
+        """What the last stage has found, bit by bit the same on all ranks of this replica.
+
+        Penalties and coefficients are made of it, and with them how many microbatches there are.
+        """
+        topology = self.policy.topology
+        return topology.from_model_rank_0(topology.from_last_stage(value))
+
+    def _evaluated(
+        self, sequences: Sequence[TrainingSequence], plan: Plan
+    ) -> list[tuple[Microbatch, torch.Tensor | None]]:
+        """Each microbatch with its log-probabilities (T,), None except on the last stage."""
+        microbatches = self._pack(sequences, plan, 1.0)
+        values = evaluate_logprobs(self.policy, microbatches, self.config.rollout.temperature)
+        return list(zip(microbatches, values or [None] * len(microbatches), strict=True))
+
+    # ------------------------------------------------------------------ microbatches
+
+    def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
+        topology, batching = self.policy.topology, self.config.batching
+        size = batching.sequences_per_microbatch
+        multiple = topology.pipeline.size if topology.virtual_pipeline > 1 else 1
+        if size is not None:
+            plan = consecutive_microbatches(len(sequences), size, topology.data.size, multiple)
+        else:
+            plan = plan_microbatches(
+                [len(sequence.tokens) for sequence in sequences],
+                batching.tokens_per_microbatch,
+                topology.data.size,
+                multiple,
+            )
+        return plan[topology.data.rank]
+
+    def _pack(
+        self, sequences: Sequence[TrainingSequence], plan: Plan, denominator: float
+    ) -> list[Microbatch]:
+        """This replica's microbatches; the denominator counts all replicas."""
+        topology = self.policy.topology
+        return [
+            pack(
+                [sequences[at] for at in members],
+                index,
+                denominator,
+                topology.device,
+                topology.tensor.size if topology.sequence_parallel else 1,
+            )
+            for index, members in enumerate(plan)
+        ]

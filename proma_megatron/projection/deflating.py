@@ -1,0 +1,162 @@
+"""Intra-PROMA's rule at work: add the microbatch without its part in the dominant subspaces.
+
+Units of linear weights have the two factors that the rule speaks of; embeddings (a table tied to
+the head too), norms and biases have not, and are accumulated plainly. G is added to ``main_grad``
+as it is formed, block by block, and the removed part is subtracted afterwards in factored form, so
+no second gradient is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from proma_megatron.config import ProjectionConfig
+from proma_megatron.policy.parameters import Reduction
+from proma_megatron.projection.diagnostics import Tally
+from proma_megatron.projection.factors import DenseFactors
+from proma_megatron.projection.rules import clamp_factor
+from proma_megatron.projection.solver import Capture, add, not_finite, sum_together
+from proma_megatron.projection.subspace import (
+    Removal,
+    Sides,
+    Subspace,
+    TokenMatrix,
+    dominant,
+    removal,
+)
+from proma_megatron.projection.units import Unit
+from proma_megatron.records import Microbatch
+from proma_megatron.topology import Axis
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """One linear unit with its two factors; units of a fused weight share one X."""
+
+    capture: Capture
+    factors: DenseFactors
+    unit: Unit
+    x: TokenMatrix
+    dy: TokenMatrix
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.factors.x.isfinite().all() and self.factors.dy.isfinite().all())
+
+
+class Deflating:
+    """Adds microbatches without what dominates their activations and output gradients."""
+
+    def __init__(self, config: ProjectionConfig, tensor: Axis) -> None:
+        assert config.rule == "subspace"
+        self.rank = config.rank
+        self.sides: Sides = config.sides
+        self.shrinkage = config.shrinkage
+        self.bound = config.bound
+        self.tensor = tensor
+        self.tally = Tally()
+
+    def asks_for_gradients(self, *, first: bool) -> bool:
+        return False  # of no sequence by itself
+
+    def update(self, captures: Sequence[Capture], microbatch: Microbatch) -> None:
+        """``A <- A + G - shrinkage * clamp(R)`` for every linear unit, ``A + G`` for the others."""
+        linears: list[_Linear] = []
+        for capture in captures:
+            if microbatch.sequences.count and isinstance(capture.factors, DenseFactors):
+                linears += self._linears(capture, capture.factors, microbatch)
+            for unit in capture.units:
+                if not (microbatch.sequences.count and unit.projected):
+                    add(capture, unit, microbatch.advantages)
+        if not linears:
+            return
+        try:
+            self._remove(linears, microbatch)
+        except torch.linalg.LinAlgError:
+            names = [found.unit.name for found in linears if not found.finite]
+            raise not_finite(names, microbatch) from None
+
+    def _linears(
+        self, capture: Capture, factors: DenseFactors, microbatch: Microbatch
+    ) -> list[_Linear]:
+        """The linear units of one weight. Of X or dY, TP cuts what its axis says."""
+        cut = capture.shard.reduction is Reduction.DISJOINT
+        matrix = partial(
+            TokenMatrix,
+            tokens=microbatch.sequences.offsets[-1],  # padding comes after the last sequence
+            block_bytes=factors.block_bytes,
+        )
+        column = capture.shard.axis == 0
+        x = matrix(factors.x, columns=[(0, factors.x.shape[1])], sharded=cut and not column)
+        return [
+            _Linear(
+                capture,
+                factors,
+                unit,
+                x,
+                matrix(factors.dy, columns=unit.rows, sharded=cut and column),
+            )
+            for unit in capture.units
+            if unit.projected
+        ]
+
+    def _remove(self, linears: Sequence[_Linear], microbatch: Microbatch) -> None:
+        advantages = microbatch.advantages
+        per_token = microbatch.sequences.per_token(advantages)
+        found = self._dominant(linears)
+        removals = [
+            removal(self.sides, u.x, u.dy, found.get(id(u.x)), found.get(id(u.dy)), per_token)
+            for u in linears
+        ]
+        energies = [
+            u.factors.accumulate(u.unit.rows, u.capture.main_grad, advantages) for u in linears
+        ]
+        square, energy = self._sums(linears, removals, energies)
+        factor = clamp_factor(square, energy, self.bound) * self.shrinkage
+        names = tuple(u.unit.name for u in linears)
+        self.tally.add_energies(names, square * factor**2, energy, factor < self.shrinkage)
+        for u, removed, scale in zip(linears, removals, factor, strict=True):
+            _subtract(u, removed, scale)
+
+    def _dominant(self, linears: Sequence[_Linear]) -> dict[int, Subspace]:
+        """The subspaces that the sides ask for, by the identity of their matrix."""
+        matrices: dict[int, TokenMatrix] = {}
+        for u in linears:
+            if self.sides != "output":
+                matrices[id(u.x)] = u.x
+            if self.sides != "input":
+                matrices[id(u.dy)] = u.dy
+        reduce = partial(sum_together, tensor=self.tensor)
+        found = dominant(list(matrices.values()), self.rank, reduce)
+        return dict(zip(matrices, found, strict=True))
+
+    def _sums(
+        self,
+        linears: Sequence[_Linear],
+        removals: Sequence[Removal],
+        energies: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """|R|^2 and |G|^2 (U,) of the whole units, in one collective."""
+        square = torch.stack([found.square for found in removals])
+        energy = torch.stack(list(energies))
+        cut = [u.capture.shard.reduction is Reduction.DISJOINT for u in linears]
+        if not any(cut):
+            return square, energy
+        partial_square = torch.tensor([r.partial for r in removals], device=square.device)
+        shared = torch.stack([torch.where(partial_square, square, 0.0), energy])
+        (summed,) = sum_together([shared], self.tensor)
+        return torch.where(partial_square, summed[0], square), summed[1]
+
+
+def _subtract(u: _Linear, removed: Removal, scale: torch.Tensor) -> None:
+    """Take ``scale * R`` out of this rank's rows of the unit."""
+    target, dtype, at = u.capture.main_grad, u.capture.main_grad.dtype, 0
+    right = (removed.right * scale).to(dtype)
+    for low, high in u.unit.rows:
+        left = removed.left[at : at + high - low].to(dtype)
+        target[low:high].addmm_(left, right, alpha=-1)
+        at += high - low

@@ -1,0 +1,177 @@
+"""PROMA's rules at work: project what has been accumulated, then add the microbatch.
+
+K and c of weights, and the short vectors of norms and biases, are summed over the tensor-parallel
+group in one collective; every rank then solves the same small problems in float64 and changes its
+own part of ``main_grad``. Summands are of a weight K (k, k), c (k,) and |A|^2 (); of a norm or bias
+G^T (k, n) and A (n,) themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from proma_megatron.config import ProjectionConfig
+from proma_megatron.policy.parameters import Reduction
+from proma_megatron.projection.diagnostics import Tally
+from proma_megatron.projection.factors import Factors, VectorFactors, take
+from proma_megatron.projection.rules import Rule, solve, solve_vectors
+from proma_megatron.projection.solver import (
+    Capture,
+    Summands,
+    add,
+    names_not_finite,
+    not_finite,
+    sum_over_tensor_group,
+)
+from proma_megatron.projection.units import Unit
+from proma_megatron.records import Microbatch
+from proma_megatron.topology import Axis
+
+# Eigenvalues of the normalized K below these are taken for rounding noise: that of its entries,
+# which are sums in the accumulation dtype, and that of the sequence gradients behind them.
+CUTOFFS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-4}
+
+
+class Projecting:
+    """Projects what groups of parameters have accumulated, and adds a microbatch to them.
+
+    Args:
+        dtype: the compute dtype, whose rounding the sequence gradients carry.
+    """
+
+    def __init__(self, config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> None:
+        assert config.rule in ("exact", "iterative", "ridge")
+        self.rule: Rule = config.rule
+        self.shrinkage = config.shrinkage
+        self.bound = config.bound
+        self.cutoff = CUTOFFS[dtype]
+        self.tensor = tensor
+        self.tally = Tally()
+
+    def asks_for_gradients(self, *, first: bool) -> bool:
+        # With A = 0 nothing is removed: the plain GEMM is the whole update.
+        return not first
+
+    def update(self, captures: Sequence[Capture], microbatch: Microbatch) -> None:
+        """``A <- A - clamp(projection) + G a`` for every unit of these parameters."""
+        matrices: list[Summands] = []
+        vectors: list[Summands] = []
+        for capture in captures:
+            for unit in capture.units:
+                if capture.first or not unit.projected or not microbatch.sequences.count:
+                    add(capture, unit, microbatch.advantages)
+                elif isinstance(capture.factors, VectorFactors):
+                    vectors.append(self._vector(capture, unit, capture.factors))
+                else:
+                    matrices.append(_products(capture, unit, capture.factors))
+        sums = sum_over_tensor_group([*matrices, *vectors], self.tensor)
+        try:
+            self._solve(matrices, vectors, sums, microbatch.advantages)
+        except torch.linalg.LinAlgError:
+            raise not_finite(names_not_finite([*matrices, *vectors]), microbatch) from None
+
+    def _solve(
+        self,
+        matrices: Sequence[Summands],
+        vectors: Sequence[Summands],
+        sums: Iterator[tuple[torch.Tensor, ...]],
+        advantages: torch.Tensor,
+    ) -> None:
+        if matrices:
+            self._solve_matrices(matrices, [next(sums) for _ in matrices], advantages)
+        by_length: dict[int, list[tuple[Summands, tuple[torch.Tensor, ...]]]] = {}
+        for vector, whole in zip(vectors, sums, strict=True):
+            by_length.setdefault(len(whole[1]), []).append((vector, whole))
+        for group in by_length.values():
+            found, wholes = zip(*group, strict=True)
+            self._solve_vectors(found, wholes, advantages)
+
+    def _solve_matrices(
+        self,
+        matrices: Sequence[Summands],
+        wholes: Sequence[tuple[torch.Tensor, ...]],
+        advantages: torch.Tensor,
+    ) -> None:
+        gram, overlap, energy = (torch.stack(part) for part in zip(*wholes, strict=True))
+        solution = solve(
+            self.rule,
+            gram,
+            overlap,
+            advantages,
+            shrinkage=self.shrinkage,
+            bound=self.bound,
+            cutoff=self.cutoff,
+        )
+        names = tuple(matrix.unit.name for matrix in matrices)
+        self.tally.add(names, gram, energy, advantages, solution)
+        for matrix, coefficients in zip(matrices, solution.coefficients, strict=True):
+            add(matrix.capture, matrix.unit, coefficients)
+
+    def _solve_vectors(
+        self,
+        vectors: Sequence[Summands],
+        wholes: Sequence[tuple[torch.Tensor, ...]],
+        advantages: torch.Tensor,
+    ) -> None:
+        gradients, accumulated = (torch.stack(part) for part in zip(*wholes, strict=True))
+        solution = solve_vectors(
+            self.rule,
+            gradients,
+            accumulated,
+            advantages,
+            shrinkage=self.shrinkage,
+            bound=self.bound,
+            cutoff=self.cutoff,
+        )
+        names = tuple(vector.unit.name for vector in vectors)
+        gram, energy = gradients @ gradients.mT, accumulated.square().sum(dim=-1)
+        self.tally.add(names, gram, energy, advantages, solution)
+        for vector, part in zip(vectors, solution.removed_part, strict=True):
+            self._subtract(vector, part)
+            add(vector.capture, vector.unit, advantages)
+
+    # ------------------------------------------------------------------ whole vectors
+
+    def _vector(self, capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:
+        """This rank's summand of the unit's whole vectors.
+
+        Of a bias each rank holds a slice; it stands at the rank's place among zeros. Entries of
+        other units of the same bias are zeros as well, which changes no product.
+        """
+        gradients, accumulated = factors.gradients.double(), capture.main_grad.double()
+        if unit.reduction is Reduction.DISJOINT:
+            length = len(accumulated)
+            start = self.tensor.rank * length
+            wide = gradients.new_zeros((len(gradients), length * self.tensor.size))
+            whole = accumulated.new_zeros(length * self.tensor.size)
+            for low, high in unit.rows:
+                wide[:, start + low : start + high] = gradients[:, low:high]
+                whole[start + low : start + high] = accumulated[low:high]
+            return Summands(capture, unit, (wide, whole))
+        whole = take(accumulated[None], unit.rows)[0]
+        return Summands(capture, unit, (take(gradients, unit.rows), whole))
+
+    def _subtract(self, vector: Summands, removed: torch.Tensor) -> None:
+        """Take ``removed``, a whole vector, out of this rank's part."""
+        unit, target = vector.unit, vector.capture.main_grad
+        if unit.reduction is Reduction.DISJOINT:
+            start = self.tensor.rank * len(target)
+            for low, high in unit.rows:
+                target[low:high] -= removed[start + low : start + high].to(target.dtype)
+            return
+        if unit.reduction is Reduction.PARTIAL:
+            removed = removed / self.tensor.size  # Megatron adds the ranks' parts
+        at = 0
+        for low, high in unit.rows:
+            target[low:high] -= removed[at : at + high - low].to(target.dtype)
+            at += high - low
+
+
+def _products(capture: Capture, unit: Unit, factors: Factors) -> Summands:
+    gram, overlap = factors.products(unit.rows, capture.main_grad)
+    energy = gram.new_zeros(())
+    for low, high in unit.rows:
+        energy = energy + capture.main_grad[low:high].double().square().sum()
+    return Summands(capture, unit, (gram, overlap, energy))
