@@ -1,0 +1,1 @@
+"""Runs as curves: read, grouped over seeds, and drawn as a PNG, a table and a page."""
