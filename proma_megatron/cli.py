@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -171,18 +172,53 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, drawn into one picture.")],
-    out: Annotated[Path | None, typer.Option(help="PNG to write; default RUN/report.png.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories; those that differ in the seed are one.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="PNG to write, with CSV and HTML beside it; default RUN/report.png."),
+    ] = None,
 ) -> None:
-    """Draw reward, entropy, KL and removed energy of finished or running runs."""
+    """Draw accuracy, KL, entropy, reward and removed energy of finished or running runs."""
     from proma_megatron.report import draw_report, summarize
 
-    target = out or runs[0] / "report.png"
-    draw_report(runs, target)
+    files = draw_report(runs, out or runs[0] / "report.png", _typed())
     for run in runs:
         figures = ", ".join(f"{key} {value:.3f}" for key, value in summarize(run).items())
         print(f"{run}: {figures}")
-    print(f"wrote {target}")
+    print(f"wrote {', '.join(str(path) for path in files)}")
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file of the runs.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes such as optimizer.lr=1e-4.")
+    ] = None,
+    algorithms: Annotated[
+        str, typer.Option(help="Names, with commas between them.")
+    ] = "proma,reinforce,grpo",
+    seeds: Annotated[int, typer.Option(help="How many, from the configuration's on.")] = 3,
+    steps: Annotated[int | None, typer.Option(help="RL steps of each run.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew instead of continuing.")
+    ] = False,
+) -> None:
+    """Train by several algorithms and seeds, from one policy on the same prompts, and draw them
+    together. Started again, it continues."""
+    from proma_megatron.compare.command import compare as run
+    from proma_megatron.compare.planning import plan_runs
+    from proma_megatron.config_file import apply_overrides, read_tree
+
+    tree = apply_overrides(read_tree(config), overrides or [])
+    names = [name.strip() for name in algorithms.split(",") if name.strip()]
+    run(plan_runs(tree, names, seeds, steps), overwrite=overwrite, command=_typed())
+
+
+def _typed() -> str:
+    """The command as a shell would take it."""
+    return shlex.join(["proma", *sys.argv[1:]])
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ MODELS = {
 
 
 def test_every_qwen_config_is_listed_here() -> None:
-    assert {path.stem for path in CONFIGS} == {"quickstart", *MODELS}
+    assert {path.stem for path in CONFIGS} == {"quickstart", "compare", *MODELS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
