@@ -61,7 +61,7 @@ def test_a_sharded_run_writes_the_papers_gradients(folders: Path, tmp_path: Path
         "qwen3",
         out,
         *("model.dtype=float64", "parallel.tensor=2", "parallel.sequence=true"),
-        *("parallel.pipeline=2", "projection.bound=null", "projection.unit=megatron"),
+        *("projection.bound=null", "projection.unit=megatron"),
     )
     assert done.returncode == 0, done.stderr
     projection = ProjectionConfig(bound=None, unit="megatron")

@@ -144,7 +144,6 @@ LAYOUT_CASES = [
     Case("ridge-bound", "kv4", tensor=2),
     Case("exact-linear", "untied", tensor=2),
     Case("exact-fused", "qwen2", tensor=2),
-    Case("exact", tensor=4),
     Case("exact-bound", "kv1", tensor=4),
     Case("iterative-bound", "kv4", tensor=4),
     Case("exact-fused", "kv1", tensor=4),
@@ -206,13 +205,13 @@ LAYOUT_CASES = [
     Case("exact-bound", **SP2, batch="all-advantages-0"),
     Case("exact", **PP2, batch="one-loss-token"),
     Case("exact", **GRID, batch="no-loss-token"),
-    Case("exact-linear", tensor=4, batch="twice"),
+    Case("exact-linear", tensor=2, batch="twice"),
     Case("exact-bound", **SP2, batch="twice"),
     Case("exact", **VPP, batch="all-equal"),
     Case("exact", **GRID, sequence=True, batch="empty"),
     Case("exact", tensor=2, batch="eights"),
     Case("exact-bound", **SP2, batch="cancelling"),
-    Case("iterative-bound", "qwen2", tensor=4, batch="cancelling"),
+    Case("iterative-bound", "qwen2", tensor=2, batch="cancelling"),
     Case("exact", data=2, batch="single"),  # a replica without a microbatch
     # float32: 1e-4
     Case("exact-bound", **SP2, dtype="float32", batch="many"),

@@ -36,7 +36,7 @@ BOUNDED = ProjectionConfig(bound=0.5)
 # A run is a few tenths of a second on two processes; the pool is the same for all examples.
 few = settings(
     deadline=None,
-    max_examples=4,
+    max_examples=3,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 seeds = st.integers(0, 2**32 - 1)
