@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from proma_megatron.policy.losses.options import LossOptions
+from proma_megatron.policy.losses.options import CLIPPED, LossOptions
 
 if TYPE_CHECKING:
     from proma_megatron.config import RunConfig
@@ -25,7 +25,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "intra_proma": ("subspace",),
     "isopo": ("kernel", "norm"),
 }
-CLIPPED = ("ppo", "grpo", "dr_grpo", "gspo")  # on one side for each sign of the advantage
 # Clipping ranges (low, high) where the configuration leaves them open. PPO's and GRPO's 0.2; GSPO's
 # from its section 5.1 (arXiv:2507.18071); CISPO (arXiv:2506.13585) clips above only.
 _CLIPS = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.2)}

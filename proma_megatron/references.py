@@ -130,8 +130,10 @@ class Divergences:
     What samples is always the policy before the step: KL(sampling policy, other).
     """
 
-    def __init__(self, config: RunConfig, learner: Learner) -> None:
+    def __init__(self, config: RunConfig, learner: Learner, of_every_step: bool = False) -> None:
+        """``of_every_step``: the divergence of each step is needed, due or not."""
         self.config, self.learner = config.trainer, learner
+        self.of_every_step = of_every_step
         self.initial: WeightSnapshot | None = None
         self.lagged: RunningMean | None = None
         if self.config.kl_lagged_every:
@@ -156,27 +158,27 @@ class Divergences:
             self.lagged.add()
         return found
 
-    def after_step(self, step: int, batch: Batch, of_step: bool) -> dict[str, float]:
-        """After training: KL to the initial policy and of the step, where they are due.
+    def looks_back(self, step: int) -> bool:
+        """Whether `after_step` measures anything."""
+        return self._initial_due(step) or self._step_due(step)
 
-        Args:
-            of_step: the latter is needed at this step, due or not.
-        """
+    def after_step(self, step: int, batch: Batch) -> dict[str, float]:
+        """After training: KL to the initial policy and of the step, where they are due."""
         found: dict[str, float] = {}
-        if of_step or self.step_due(step):
+        if self._step_due(step):
             found["policy/kl_step"] = self.learner.divergence(_flat(batch))
-        if self.initial_due(step):
+        if self._initial_due(step):
             assert self.initial is not None
             with self.initial.in_place():
                 found["policy/kl_initial"] = self.learner.divergence(_flat(batch))
         return found
 
-    def initial_due(self, step: int) -> bool:
+    def _initial_due(self, step: int) -> bool:
         return due(step, self.config.kl_every, self.config.steps)
 
-    def step_due(self, step: int) -> bool:
+    def _step_due(self, step: int) -> bool:
         every = self.config.kl_step_every
-        return every > 0 and due(step, every, self.config.steps)
+        return self.of_every_step or (every > 0 and due(step, every, self.config.steps))
 
 
 def due(step: int, every: int, last: int) -> bool:

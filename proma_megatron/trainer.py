@@ -71,7 +71,7 @@ class Trainer:
         self.accumulator = self._build_accumulator()
         self.learner = Learner(config, self.policy, self.accumulator)
         self.references = References(config, self.learner)
-        self.divergences = Divergences(config, self.learner)
+        self.divergences = Divergences(config, self.learner, self.references.needs_step)
         self.optimizer: Optimizer | None = None  # built once RL's first weights are there
         self.stopwatch = Stopwatch()
         self.done = 0  # RL steps that the weights have seen
@@ -146,10 +146,9 @@ class Trainer:
             with self.stopwatch.phase("train"):
                 metrics |= self._train(batch)
             self.done, self.prompts_seen = step, self.data.train.state()
-            if self._looks_back(step):
+            if self.divergences.looks_back(step):
                 with self.stopwatch.phase("kl"):
-                    of_step = self.references.needs_step
-                    metrics |= self.divergences.after_step(step, batch, of_step)
+                    metrics |= self.divergences.after_step(step, batch)
             self.references.adapt(metrics)
             if due(step, self.config.trainer.eval_every, self.config.trainer.steps):
                 with self.stopwatch.phase("validation"):
@@ -157,11 +156,6 @@ class Trainer:
         metrics |= self.stopwatch.seconds()
         metrics["tokens/second"] = metrics["tokens/trained"] / metrics["seconds/step"]
         return StepReport(step, metrics, samples_of(groups, self.config.trainer.log_samples))
-
-    def _looks_back(self, step: int) -> bool:
-        """Whether a divergence is measured after this step."""
-        kept = self.divergences
-        return self.references.needs_step or kept.initial_due(step) or kept.step_due(step)
 
     @property
     def _initial(self) -> WeightSnapshot:

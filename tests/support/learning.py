@@ -100,7 +100,8 @@ def looks(
         }
         config = learning(model, parallel, tree)
         learner = Learner(config, policy)
-        references, divergences = References(config, learner), Divergences(config, learner)
+        references = References(config, learner)
+        divergences = Divergences(config, learner, of_every_step=True)
         initial = divergences.initial = WeightSnapshot(policy)
         before = learner.logprobs(sequences)
         weights = _gathered(policy, "weight")
@@ -111,7 +112,7 @@ def looks(
         found["lagged"] = [divergences.to_lagged(1, [sampled])["policy/kl_lagged"]]
         _move(policy, shift)
         found["after"] = learner.logprobs(sequences)
-        found["moved"] = divergences.after_step(1, [sampled], of_step=True)
+        found["moved"] = divergences.after_step(1, [sampled])
         found["lagged"].append(divergences.to_lagged(2, [sampled])["policy/kl_lagged"])
         found["batch"] = references.attach([sequences], initial)[0][0]
         with initial.in_place():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CLIPPED = ("ppo", "grpo", "dr_grpo", "gspo")  # on one side for each sign of the advantage
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -24,7 +26,7 @@ class LossOptions:
     def clips(self) -> bool:
         """Whether there is a clipping range that acts."""
         bounded = self.clip_low is not None or self.clip_high is not None
-        return bounded and self.kind in ("ppo", "grpo", "dr_grpo", "gspo", "cispo")
+        return bounded and self.kind in (*CLIPPED, "cispo")
 
 
 UNIT = LossOptions("reinforce", unit=True)  # unit losses without any weights
