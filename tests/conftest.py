@@ -1,10 +1,9 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
-from support.cases import LARGEST
-from support.gradients import nothing
-from support.pool import MAX_WORKERS, WorkerPool
+from support import quick  # noqa: F401 - before anything that loads Megatron
+from support.forked import end_all
+from support.pool import WorkerPool
 from support.pooled import PooledStarts
 
 
@@ -12,7 +11,6 @@ from support.pooled import PooledStarts
 def workers() -> Iterator[WorkerPool]:
     """Ranks on the CPU, over Gloo."""
     pool = WorkerPool()
-    pool.run(MAX_WORKERS, nothing)  # all at once: importing Megatron takes seconds a process
     yield pool
     pool.close()
 
@@ -29,17 +27,24 @@ def in_pool(workers: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def gpu_workers() -> Iterator[WorkerPool]:
     """Two ranks on GPUs of their own, over NCCL."""
+    import torch
+
     gpus = torch.cuda.device_count()
     if gpus < 2:
         pytest.skip(f"needs two GPUs, for NCCL gives each rank one of its own; here are {gpus}")
     pool = WorkerPool("cuda")
-    pool.run(2, nothing)
     yield pool
     pool.close()
 
 
+def pytest_sessionfinish() -> None:
+    end_all()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The figures behind the exactness tests, which otherwise only say that they passed."""
+    from support.cases import LARGEST
+
     if not LARGEST:
         return
     terminalreporter.section("largest relative error of a gradient tensor")

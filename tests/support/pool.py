@@ -1,8 +1,8 @@
 """One pool of worker processes per test session.
 
-Importing torch and Megatron takes seconds a process, so workers live for the whole session; every
-job joins a fresh default process group of as many ranks as it needs. A worker that fails sends its
-own traceback; the others, which may hang in a collective, are killed with it.
+Workers live for the whole session; every job joins a fresh default process group of as many ranks
+as it needs. A worker that fails sends its own traceback; the others, which may hang in a
+collective, are killed with it, and forked anew for the next job.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from proma_megatron.startup import defer_compilation
+from support.forked import Process
 
 MAX_WORKERS = 4
 JOB_TIMEOUT = 300.0
@@ -101,20 +102,23 @@ class WorkerPool:
     def run(self, world_size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         """Results by rank. A failure on any rank raises RuntimeError with that rank's traceback."""
         assert world_size <= MAX_WORKERS
-        context = mp.get_context("spawn")
         while len(self._workers) < world_size:
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(len(self._workers), self.device_type, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
+            self._start()
         with tempfile.TemporaryDirectory() as folder:
             job = (function, arguments, world_size, str(Path(folder) / "store"))
             for _, pipe in self._workers[:world_size]:
                 pipe.send(job)
             return self._collect(world_size)
+
+    def _start(self) -> None:
+        # A fork of what has loaded CUDA's libraries is nothing to rely on.
+        kind: Any = mp.get_context("spawn").Process if self.device_type == "cuda" else Process
+        ours, theirs = mp.Pipe()
+        arguments = (len(self._workers), self.device_type, theirs)
+        process = kind(target=_serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        self._workers.append((process, ours))
 
     def _collect(self, world_size: int) -> list[Any]:
         results: dict[int, Any] = {}

@@ -1,0 +1,35 @@
+"""What the server of `forked` has loaded before it forks a rank: seconds of imports, done once.
+
+Nothing here may start a thread, a process group or CUDA, none of which survives a fork.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import os
+
+import torch
+
+from proma_megatron.startup import defer_compilation
+
+LOADED_BY = os.getpid()
+MODULES = (
+    "proma_megatron.worker",
+    "proma_megatron.evaluation.worker",
+    "proma_megatron.exactness.worker",
+    "proma_megatron.export.worker",
+    "transformers",
+    "pytest",  # the main module of a process that a test starts
+    "support.pool",
+    "support.pooled",
+)
+
+torch.set_num_threads(1)
+defer_compilation()
+for name in MODULES:
+    importlib.import_module(name)
+gc.collect()
+gc.freeze()  # pages that a collection doesn't touch stay shared
+atexit.register(os._exit, 0)  # the server's end: what is frozen would be reported as leaks
