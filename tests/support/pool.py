@@ -7,16 +7,15 @@ collective, are killed with it, and forked anew for the next job.
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing as mp
 import os
 import pickle
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,19 +28,20 @@ MAX_WORKERS = 4
 JOB_TIMEOUT = 300.0
 
 
-def _serve(rank: int, device_type: str, pipe: Connection) -> None:
+def _serve(rank: int, device_type: str, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     defer_compilation()
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
-            job = pipe.recv()
+            number, world_size, function, arguments = pipe.recv()
         except EOFError:
             return  # the session is over
-        function, arguments, world_size, store = job
         # Plain pickle: torch's own would pass every tensor as an open file descriptor, and results
         # that are kept for comparison would run out of them.
         try:
-            result = _run(function, arguments, device_type, rank, world_size, store)
+            own = dist.PrefixStore(str(number), store)
+            result = _run(function, arguments, device_type, rank, world_size, own)
             message = pickle.dumps((True, result))
             del result
             _release_groups()
@@ -57,7 +57,7 @@ def _run(
     device_type: str,
     rank: int,
     world_size: int,
-    store: str,
+    store: dist.Store,
 ) -> Any:
     from proma_megatron.topology import setup_device
 
@@ -65,7 +65,7 @@ def _run(
     device = setup_device(device_type)
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
-        init_method=f"file://{store}",
+        store=store,
         rank=rank,
         world_size=world_size,
         device_id=device if device_type == "cuda" else None,
@@ -88,8 +88,13 @@ def _release_groups() -> None:
 
     RotaryEmbedding.forward.cache_clear()  # keeps the last 32 models alive
     gc.collect()
-    if not gc.get_freeze_count():
-        gc.freeze()  # what was imported is not searched again
+    _freeze()
+
+
+@functools.cache
+def _freeze() -> None:
+    """Not search again what was imported; to ask whether it is frozen takes a tenth of a second."""
+    gc.freeze()
 
 
 class WorkerPool:
@@ -97,6 +102,9 @@ class WorkerPool:
 
     def __init__(self, device_type: str = "cpu") -> None:
         self.device_type = device_type
+        # Where the ranks of a job find each other: told of news rather than looking for them.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._jobs = 0
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
@@ -104,17 +112,16 @@ class WorkerPool:
         assert world_size <= MAX_WORKERS
         while len(self._workers) < world_size:
             self._start()
-        with tempfile.TemporaryDirectory() as folder:
-            job = (function, arguments, world_size, str(Path(folder) / "store"))
-            for _, pipe in self._workers[:world_size]:
-                pipe.send(job)
-            return self._collect(world_size)
+        self._jobs += 1
+        for _, pipe in self._workers[:world_size]:
+            pipe.send((self._jobs, world_size, function, arguments))
+        return self._collect(world_size)
 
     def _start(self) -> None:
         # A fork of what has loaded CUDA's libraries is nothing to rely on.
         kind: Any = mp.get_context("spawn").Process if self.device_type == "cuda" else Process
         ours, theirs = mp.Pipe()
-        arguments = (len(self._workers), self.device_type, theirs)
+        arguments = (len(self._workers), self.device_type, self._store.port, theirs)
         process = kind(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
