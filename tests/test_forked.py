@@ -54,13 +54,13 @@ def await_files(*paths: Path) -> None:
 def test_ranks_have_torchruns_variables_and_files_of_their_own(tmp_path: Path) -> None:
     with start_ranks(2, say_who, logs=tmp_path, env={"OWN": "set"}) as ranks:
         assert ranks.wait(SECONDS) == [0, 0]
-    assert [path.read_text() for path in ranks.outputs] == ["0 2 set\n", "1 2 set\n"]
+    assert [path.read_text() for path in ranks.stdout] == ["0 2 set\n", "1 2 set\n"]
 
 
 def test_ranks_begin_with_nothing_that_a_fork_would_break(tmp_path: Path) -> None:
     with start_ranks(1, say_what_was_inherited, logs=tmp_path) as ranks:
         assert ranks.wait(SECONDS) == [0]
-    assert ranks.outputs[0].read_text() == "1 1 False False\n"
+    assert ranks.stdout[0].read_text() == "1 1 False False\n"
 
 
 def test_ranks_meet_and_leave_their_exit_codes(tmp_path: Path) -> None:

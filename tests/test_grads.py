@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.cases import MODELS, assert_equal
+from support.command import proma
+from support.forked import start_ranks
 from support.gradients import Batch, random_batch
 from support.reference import huggingface_model, reference_gradients
 
@@ -38,31 +39,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def grads(
-    folders: Path, model: str, out: Path, *overrides: str, program: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(program or [sys.executable]),
-            *("-m", "proma_megatron.cli", "grads", "--hf", str(folders / model)),
-            *("--batch", str(folders / "batch.jsonl"), "--out", str(out), *overrides),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def command(folders: Path, model: str, out: Path, *overrides: str) -> list[str]:
+    files = ["--hf", str(folders / model), "--batch", str(folders / "batch.jsonl")]
+    return ["grads", *files, "--out", str(out), *overrides]
+
+
+def run_main(arguments: Sequence[str]) -> None:
+    sys.argv = ["proma", *arguments]
+    main()
 
 
 def test_a_sharded_run_writes_the_papers_gradients(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "g.safetensors"
-    done = grads(
-        folders,
-        "qwen3",
-        out,
-        *("model.dtype=float64", "parallel.tensor=2", "parallel.sequence=true"),
-        *("projection.bound=null", "projection.unit=megatron"),
-    )
+    overrides = ["model.dtype=float64", "parallel.tensor=2", "parallel.sequence=true"]
+    overrides += ["projection.bound=null", "projection.unit=megatron"]
+    done = proma(*command(folders, "qwen3", out, *overrides))
     assert done.returncode == 0, done.stderr
     projection = ProjectionConfig(bound=None, unit="megatron")
     assert_equal(
@@ -100,15 +91,13 @@ def test_under_torchrun_it_takes_the_processes_that_are_there(
     folders: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "g.safetensors"
-    done = grads(
-        folders,
-        "qwen3",
-        out,
-        *("model.dtype=bfloat16", "parallel.tensor=2", "projection.rule=none"),
-        program=[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["units"] == {}
+    overrides = ("model.dtype=bfloat16", "parallel.tensor=2", "projection.rule=none")
+    arguments = command(folders, "qwen3", out, *overrides)
+    with start_ranks(2, run_main, arguments, logs=tmp_path / "logs") as ranks:
+        assert ranks.wait(120) == [0, 0], ranks.stderr[0].read_text()
+    first, second = (path.read_text() for path in ranks.stdout)
+    assert json.loads(first)["units"] == {}
+    assert second == ""
     found = load_file(out)
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     expected = reference_gradients(MODELS["qwen3"], BATCH, ProjectionConfig(rule="none"), SEED)

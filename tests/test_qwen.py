@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command import proma
+from support.command import forked_proma, proma
 from support.pool import WorkerPool
 from support.pretrained import logprobs_of
 from support.qwen import theirs, write_qwen
@@ -96,7 +96,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
         "trainer__log_samples": 100,
     }
     changes = arguments(copy, model__dtype="float64", **layout, **reward)
-    done = proma("train", "run.yaml", *changes, cwd=folder, PYTHONPATH=str(folder))
+    done = forked_proma("train", "run.yaml", *changes, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "loaded the weights of" in done.stdout
     assert "dropped" in done.stdout  # the sample's longest problems, and it says so

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import proma
+from support.command import forked_proma, proma
 from support.pool import WorkerPool
 from support.pooled import PooledStarts, run_in_pool
 
@@ -123,7 +123,7 @@ def test_a_failing_reward_names_the_sample_and_loses_nothing(tmp_path: Path, con
     )
     # One scoring process sees every call, in order.
     arguments = tiny(reward__function="my_reward:score", reward__workers=1, parallel__tensor=2)
-    done = proma("train", str(config), *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = forked_proma("train", str(config), *arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "sample" in done.stderr

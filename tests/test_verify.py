@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support.cases import MODELS
+from support.command import forked_proma
+from support.forked import forked_start_workers
 from support.reference import huggingface_model
 
 from proma_megatron.config import ConfigError
@@ -26,26 +27,22 @@ from proma_megatron.exactness.verify import verify as verify_here
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
-# Python runs this at its start. The projection's own sums over tensor ranks go missing.
+# What ranks run. The projection's own sums over tensor ranks go missing.
 FAULT = """
-import sys, torch.distributed as dist
+import importlib, sys, torch.distributed as dist
 original = dist.all_reduce
 def faulty(*args, **kwargs):
     if sys._getframe(1).f_globals.get("__name__") != "proma_megatron.projection.solver":
         return original(*args, **kwargs)
-dist.all_reduce = faulty
+def main(arguments):
+    dist.all_reduce = faulty
+    module, *others = arguments
+    importlib.import_module(module).main(others)
 """
 
 
-def verify(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "proma_megatron.cli", "verify", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def start_with_fault(module: str, arguments: Sequence[str], **options: Any) -> None:
+    forked_start_workers("missing_sum", [module, *arguments], **options)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +80,9 @@ def test_the_quickstart_passes_on_two_replicas(
 
 
 def test_a_sum_that_is_missing_between_shards_fails(qwen2: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FAULT)
-    done = verify(str(qwen2), "parallel.tensor=2", PYTHONPATH=str(tmp_path))
+    (tmp_path / "missing_sum.py").write_text(FAULT)
+    arguments = ("verify", str(qwen2), "parallel.tensor=2")
+    done = forked_proma(*arguments, cwd=tmp_path, start=start_with_fault)
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[-1].startswith("FAIL: tensor 2 x pipeline 1 x data 1")
     verdicts = {

@@ -1,11 +1,20 @@
-"""The `proma` command, as a shell starts it."""
+"""The `proma` command: as a shell starts it, or in this process with ranks that are forked."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from proma_megatron.cli import main
+from support.forked import forked_start_workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,3 +39,28 @@ def proma(
         timeout=280,
         check=False,
     )
+
+
+def forked_proma(
+    *arguments: str, cwd: Path = ROOT, start: Callable[..., None] = forked_start_workers
+) -> subprocess.CompletedProcess[str]:
+    """Run it to its end in this process, from a folder whose modules it finds; ranks are real.
+
+    Args:
+        start: what starts the ranks.
+    """
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "path", [str(cwd), *sys.path]),
+        mock.patch.object(sys, "argv", ["proma", *arguments]),
+        mock.patch("proma_megatron.launcher.start_workers", start),
+        mock.patch("proma_megatron.jobs.start_workers", start),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as left,
+    ):
+        main()
+    code = left.value.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())

@@ -106,13 +106,15 @@ class Ranks:
 
     def __init__(self) -> None:
         self._processes: list[Process] = []
-        self.outputs: list[Path] = []  # of each rank, both streams
+        self.stdout: list[Path] = []
+        self.stderr: list[Path] = []
         _running.add(self)
 
-    def start(self, process: Process, output: Path) -> None:
+    def start(self, process: Process, stdout: Path, stderr: Path) -> None:
         process.start()
         self._processes.append(process)
-        self.outputs.append(output)
+        self.stdout.append(stdout)
+        self.stderr.append(stderr)
 
     @property
     def pids(self) -> list[int]:
@@ -174,7 +176,7 @@ def start_ranks(
     logs: Path,
     env: Mapping[str, str] | None = None,
 ) -> Ranks:
-    """Run ``function(*args)`` on each rank; what it prints is in ``logs/rank<r>.log``.
+    """Run ``function(*args)`` on each rank; what it prints is in ``logs/rank<r>.out`` and ``.err``.
 
     Args:
         env: variables on top of this process's own and torchrun's.
@@ -183,16 +185,17 @@ def start_ranks(
     port = _free_port()
     ranks = Ranks()
     for rank in range(count):
-        output = logs / f"rank{rank}.log"
+        streams = logs / f"rank{rank}.out", logs / f"rank{rank}.err"
         variables = {**_of_torchrun(rank, count, port), **(env or {})}
-        ranks.start(Process(_rank, (output, function, *args), env=variables), output)
+        ranks.start(Process(_rank, (streams, function, *args), env=variables), *streams)
     return ranks
 
 
-def _rank(output: Path, function: Callable[..., object], *args: Any) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _rank(streams: tuple[Path, Path], function: Callable[..., object], *args: Any) -> None:
+    for number, path in enumerate(streams, start=1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
     sys.modules["__main__"] = startup  # which scoring processes import
     function(*args)
 
@@ -248,7 +251,8 @@ def forked_start_workers(
         codes = ranks.wait_for_first_failure()
         failures = {rank: _failure(ranks, rank, code) for rank, code in enumerate(codes) if code}
         ranks.end()
-    print(ranks.outputs[0].read_text(), end="")
+    print(ranks.stdout[0].read_text(), end="")
+    print(ranks.stderr[0].read_text(), end="", file=sys.stderr)
     if failures:
         raise first_error(logs, ChildFailedError(name, failures)) from None
 
