@@ -37,6 +37,7 @@ def gpu_workers() -> Iterator[WorkerPool]:
     pool.close()
 
 
+@pytest.hookimpl(trylast=True)  # after fixtures have closed their pools
 def pytest_sessionfinish() -> None:
     end_all()
 

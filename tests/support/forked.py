@@ -2,7 +2,9 @@
 
 Importing torch and Megatron takes seconds a process. A fork server has imported them (see
 `preloaded`) and a rank is forked from it. Apart from that it is what the launcher starts: a process
-with torchrun's variables, that can be stopped and killed, and may start processes itself.
+with torchrun's variables, that can be stopped and killed, and may start processes itself. What a
+fork hides: all ranks hash strings alike, so they also agree where only sets have put things in
+order. Runs that the launcher and torchrun start in the tests don't.
 
 The server is not the one of multiprocessing's own context, which belongs to the product: its
 scoring processes come from a bare interpreter, in this process and in ranks.
@@ -218,11 +220,13 @@ def _free_port() -> int:
 
 
 def end_all() -> None:
-    """End the ranks that tests have left, and the server."""
+    """End the ranks that tests have left, and the server, with which all of its processes end."""
     for ranks in list(_running):
         ranks.kill()
     server: Any = _server
-    server._stop()
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
 
 
 # --------------------------------------------------------------------------- the launcher
@@ -240,6 +244,7 @@ def forked_start_workers(
     """In place of `workers.start_workers`: the same ranks, forked; none is ever started again.
 
     When one fails the others are ended within a second. What rank 0 prints is printed at the end.
+    A signal to this process is not turned into a `StoppedError`.
     """
     forget_errors(logs)
     environment = {

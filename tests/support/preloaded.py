@@ -5,7 +5,6 @@ Nothing here may start a thread, a process group or CUDA, none of which survives
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
 import os
@@ -32,4 +31,3 @@ for name in MODULES:
     importlib.import_module(name)
 gc.collect()
 gc.freeze()  # pages that a collection doesn't touch stay shared
-atexit.register(os._exit, 0)  # the server's end: what is frozen would be reported as leaks
