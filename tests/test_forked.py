@@ -71,8 +71,9 @@ def test_ranks_meet_and_leave_their_exit_codes(tmp_path: Path) -> None:
 def test_stopped_and_killed_ranks(tmp_path: Path) -> None:
     with start_ranks(2, wait, tmp_path / "up", logs=tmp_path) as ranks:
         await_files(tmp_path / "up.0", tmp_path / "up.1")
-        os.kill(ranks.pids[0], signal.SIGKILL)
         os.kill(ranks.pids[1], signal.SIGSTOP)
+        os.kill(ranks.pids[0], signal.SIGKILL)
+        assert ranks.wait_for_first_failure() == [-signal.SIGKILL, None]
         with pytest.raises(TimeoutError, match=r"\[-9, None\]"):
             ranks.wait(0.5)
     assert ranks.exit_codes() == [-signal.SIGKILL, -signal.SIGKILL]

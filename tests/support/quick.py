@@ -23,5 +23,7 @@ def _share_bytecode() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-bytecode = _share_bytecode() if sys.dont_write_bytecode else None
+# A process that another test process started has the folder already.
+_alone = sys.dont_write_bytecode and "PYTHONPYCACHEPREFIX" not in os.environ
+bytecode = _share_bytecode() if _alone else None
 defer_compilation()
