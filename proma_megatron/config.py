@@ -301,6 +301,8 @@ class EvaluationConfig(Section):
 
 class TrainerConfig(ProcessConfig):
     steps: NonNegativeInt = 50  # 0: only the warm start
+    # Minutes since the start after which the run has saved and stopped; exit code 75. Null: none.
+    max_minutes: PositiveFloat | None = None
     eval_every: NonNegativeInt = 20  # accuracy on the validation split; 0: only before and after
     # KL to earlier policies, a forward pass each. To the one that RL started from; 0: only at the
     # end.
