@@ -231,6 +231,12 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         from proma_megatron.failure import WorkerError
+        from proma_megatron.stopping import EXIT_STOPPED, RunStopped
+
+        if isinstance(error, RunStopped):
+            if os.environ.get("RANK", "0") == "0":
+                print(error, file=sys.stderr)
+            sys.exit(EXIT_STOPPED)
         from proma_megatron.rollout.rewards import RewardError
 
         if not isinstance(error, WorkerError | RewardError):

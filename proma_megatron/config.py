@@ -299,10 +299,28 @@ class EvaluationConfig(Section):
     top_p: Fraction = 1.0
 
 
+class PhaseMinutes(Section):
+    """How long a phase may take before the run is taken for hung, and ends; null: for ever.
+
+    Each time that it is entered: a rollout of one round of prompts, one step of the warm start.
+    """
+
+    setup: PositiveFloat | None = 60.0  # tokenizer, data, model, weights
+    warm_start: PositiveFloat | None = 60.0
+    rollout: PositiveFloat | None = 120.0
+    score: PositiveFloat | None = 60.0
+    reference: PositiveFloat | None = 60.0
+    train: PositiveFloat | None = 120.0
+    kl: PositiveFloat | None = 60.0  # also to the lagged policy
+    validation: PositiveFloat | None = 120.0
+    save: PositiveFloat | None = 60.0
+
+
 class TrainerConfig(ProcessConfig):
     steps: NonNegativeInt = 50  # 0: only the warm start
     # Minutes since the start after which the run has saved and stopped; exit code 75. Null: none.
     max_minutes: PositiveFloat | None = None
+    phase_minutes: PhaseMinutes = PhaseMinutes()
     eval_every: NonNegativeInt = 20  # accuracy on the validation split; 0: only before and after
     # KL to earlier policies, a forward pass each. To the one that RL started from; 0: only at the
     # end.

@@ -1,17 +1,21 @@
 """How a rank that fails says so, and how the launcher finds out which one failed first.
 
-A rank writes ``error_rank<r>.json`` and ends at once; the launcher reads what is there.
+A rank writes ``error_rank<r>.json`` and ends at once; the launcher reads what is there. Python
+stacks of ranks that hung, crashed or were ended with it are in ``stacks/``, see `watchdog`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,7 +25,8 @@ from proma_megatron.rollout.rewards import RewardError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-LAUNCHED = "PROMA_LAUNCHER"  # in the environment of ranks that our own launcher started
+LAUNCHED = "PROMA_LAUNCHER"  # in the environment of ranks that our own launcher started: its pid
+STOPPED = "stopped.json"  # a run that stopped early, see `stopping`
 
 
 class WorkerError(RuntimeError):
@@ -30,6 +35,10 @@ class WorkerError(RuntimeError):
 
 class StoppedError(WorkerError):
     """The workers were ended by a signal to the launcher."""
+
+
+class HangError(WorkerError):
+    """A phase of the run took longer than it may; the message says what each rank was at."""
 
 
 # --------------------------------------------------------------------------- on a rank
@@ -50,57 +59,89 @@ def fail(logs: Path | None, error: BaseException) -> NoReturn:
         if not expected:
             traceback.print_exception(error)
         else:
-            rank = os.environ["RANK"]
-            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
-    for child in multiprocessing.active_children():
-        child.kill()
+            print(in_words(error), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if isinstance(error, ConfigError) else 1)
+    end(2 if isinstance(error, ConfigError) else 1)
+
+
+def in_words(error: BaseException) -> str:
+    """A line for a terminal that many ranks write to."""
+    rank = os.environ.get("RANK", "0")
+    return f"error{'' if rank == '0' else f' on rank {rank}'}: {error}"
+
+
+def end(code: int) -> NoReturn:
+    """End this process and those that it started, without waiting for anything."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def record_error(logs: Path, error: BaseException) -> None:
-    """Write what stopped this rank to ``error_rank<r>.json``."""
+    """Write what stopped this rank to ``error_rank<r>.json``; what it failed of first stays.
+
+    To be called before the rank lets go of anything: its peers fail as soon as a process group is
+    torn down, and whoever writes first is taken for the one that failed first.
+    """
     record = {
         "rank": int(os.environ.get("RANK", "0")),
         "time": time.time(),
+        "clock": time.monotonic(),  # one for all processes of a machine, and nobody sets it
         "kind": type(error).__name__,
         "message": str(error),
         "config": isinstance(error, ConfigError),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    (logs / f"error_rank{record['rank']}.json").write_text(json.dumps(record))
+    path = logs / f"error_rank{record['rank']}.json"
+    # It appears complete or not at all: the launcher may end this rank at any moment.
+    part = path.with_suffix(f".{threading.get_ident()}.part")
+    part.write_text(json.dumps(record))
+    with contextlib.suppress(FileExistsError):
+        os.link(part, path)
+    part.unlink()
 
 
 # --------------------------------------------------------------------------- in the launcher
 
 
-def forget_errors(logs: Path) -> None:
-    """Remove what ranks of an earlier attempt left."""
-    for stale in logs.glob("error_rank*.json"):
-        stale.unlink()
+def forget_earlier(logs: Path) -> None:
+    """Remove what ranks of an earlier attempt left: errors, stacks, and why they stopped."""
+    stale = (*logs.glob("error_rank*"), *stacks_folder(logs).glob("*"), logs / STOPPED)
+    for path in stale:
+        path.unlink(missing_ok=True)
 
 
-def first_error(logs: Path, failure: ChildFailedError) -> Exception:
-    """What went wrong first: ranks that fail later fail because a peer has gone."""
+def stacks_folder(logs: Path) -> Path:
+    return logs / "stacks"
+
+
+def first_error(logs: Path, failure: ChildFailedError, ended: Collection[int] = ()) -> Exception:
+    """What went wrong first: ranks that fail later fail because a peer has gone.
+
+    Args:
+        ended: ranks that were still there when the launcher began to end them.
+    """
     records = [json.loads(path.read_text()) for path in logs.glob("error_rank*.json")]
-    recorded = {record["rank"] for record in records}
+    known = {record["rank"] for record in records} | set(ended)
     for rank, found in failure.failures.items():
-        # The agent ends the remaining workers with SIGTERM; any other signal came first.
-        if rank not in recorded and found.exitcode < 0 and found.exitcode != -signal.SIGTERM:
-            return WorkerError(
-                f"rank {rank} was ended by signal {-found.exitcode} "
-                f"({signal.Signals(-found.exitcode).name}); its output is in {logs}"
-            )
+        if rank not in known:  # it left without a word, and before those that it left alone
+            return WorkerError(f"rank {rank} {_ending(found.exitcode)}; its output is in {logs}")
     if not records:
         rank, found = failure.get_first_failure()
-        return WorkerError(
-            f"rank {rank} ended with exit code {found.exitcode} and left no error; its output is "
-            f"in {logs}"
-        )
-    first = min(records, key=lambda record: record["time"])
+        return WorkerError(f"rank {rank} {_ending(found.exitcode)}; its output is in {logs}")
+    first = min(records, key=lambda record: record["clock"])
     if first["config"]:
         return ConfigError(first["message"])
     if first["kind"] == "RewardError":
         return RewardError(f"{first['message']} (traceback in {logs})")
+    if first["kind"] == "HangError":
+        return HangError(first["message"])
     return WorkerError(f"rank {first['rank']} failed:\n{first['traceback']}")
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code} and left no error"
+    often = ", often for lack of memory" if code == -signal.SIGKILL else ""
+    return f"was ended by signal {-code} ({signal.Signals(-code).name}{often})"

@@ -169,6 +169,9 @@ def in_layout[Result](
     with process_group(device_type, minutes) as device:
         try:
             with layout(config.parallel, device, config.seed, minutes) as topology:
-                return run(topology)
+                try:
+                    return run(topology)
+                except BaseException as error:  # before the groups go, and the peers fail of it
+                    fail(logs, error)
         except BaseException as error:
             fail(logs, error)

@@ -10,7 +10,8 @@ from pathlib import Path
 from proma_megatron.config import ConfigError, RunConfig, check_data_files, check_model_files
 from proma_megatron.config_file import dump_config
 from proma_megatron.export.files import keep_companions
-from proma_megatron.failure import StoppedError, WorkerError
+from proma_megatron.failure import StoppedError, WorkerError, end, forget_earlier
+from proma_megatron.jobs import say
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.policy.huggingface import conversion_note, read_model
 from proma_megatron.rollout.rewards import check_reward
@@ -23,6 +24,7 @@ from proma_megatron.rollout.source import (
 from proma_megatron.run_dir import RunDir, prepare_run_dir
 from proma_megatron.slurm import adopt_slurm
 from proma_megatron.startup import defer_compilation
+from proma_megatron.stopping import EXIT_STOPPED, RunStopped, StopSignals, clock_starts
 from proma_megatron.workers import start_workers
 
 
@@ -32,8 +34,10 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     Raises:
         ConfigError: the configuration, its data or the run directory don't fit.
         RewardError: the reward function failed on a sample.
+        RunStopped: it stopped early, with everything saved.
         WorkerError: a worker failed in any other way.
     """
+    clock_starts()
     adopt_slurm(os.environ)
     if "RANK" in os.environ:
         _take_part(config, resume=resume, overwrite=overwrite)
@@ -45,11 +49,18 @@ def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     """One rank among those that torchrun or srun started."""
     check_replicas(config, int(os.environ["WORLD_SIZE"]))
     if os.environ["RANK"] == "0":
-        _prepare(config, resume=resume, overwrite=overwrite)
+        run_dir = _prepare(config, resume=resume, overwrite=overwrite)
+        forget_earlier(run_dir.logs)
     defer_compilation()
-    from proma_megatron.worker import run_worker
+    with StopSignals() as signals:  # importing takes seconds, too
+        from proma_megatron.worker import run_worker
 
-    run_worker(config, resume)
+        try:
+            run_worker(config, resume, signals)
+        except RunStopped as stop:
+            # At once: torchrun and `srun -K` end the ranks that are still at it when one has left.
+            say(str(stop))
+            end(EXIT_STOPPED)
 
 
 def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
@@ -130,6 +141,7 @@ def _start_workers(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
             name=config.name,
             logs=run_dir.logs,
             process=config.trainer,
+            graceful=True,
         )
     except StoppedError as stop:
         raise WorkerError(f"{stop}; --resume continues from the newest checkpoint") from None

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -78,8 +78,17 @@ class Stopwatch:
     the next one.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        watch: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """
+        Args:
+            watch: what else to enter for a phase, by its name.
+        """
         self._clock = clock
+        self._watch = watch
         self._seconds: dict[str, float] = {}
         self._running: set[str] = set()
 
@@ -92,7 +101,8 @@ class Stopwatch:
         self._running.add(name)
         start = self._clock()
         try:
-            yield
+            with self._watch(name):
+                yield
         finally:
             self._running.remove(name)
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start

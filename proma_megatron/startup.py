@@ -6,12 +6,19 @@ torchrun or srun started comes by way of `cli`, and calls `defer_compilation` to
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
+
+from proma_megatron.failure import LAUNCHED
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def defer_compilation() -> None:
@@ -48,8 +55,22 @@ def defer_compilation() -> None:
     torch.compile = compile_later
 
 
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when its launcher is gone, however that ended.
+
+    It would train on, and write into a run directory that the next attempt takes for its own.
+    """
+    launcher = os.environ.get(LAUNCHED)
+    if launcher is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it has ended before
+        os._exit(1)
+
+
 def main() -> None:
     _, module, *arguments = sys.argv
+    end_with_launcher()
     defer_compilation()
     importlib.import_module(module).main(arguments)
 

@@ -19,15 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from proma_megatron.failure import LAUNCHED
+from proma_megatron.failure import LAUNCHED, STOPPED
 
 if TYPE_CHECKING:
     from proma_megatron.topology import Topology
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early; everything is saved; start again with --resume
 
-_STARTED = "PROMA_STARTED"  # in the environment: the launcher's monotonic clock when it started
-_LOADED = time.monotonic()  # about the start of a process
+_STARTED = "PROMA_STARTED"  # in the environment of ranks: the launcher's clock when it started
+_LOADED = time.monotonic()  # near enough the start of a process
 _TIME_LIMIT = 1000  # among numbers of signals
 
 
@@ -57,24 +57,19 @@ class RunStopped(Exception):  # noqa: N818 - no error
         """Leave ``stopped.json`` for the launcher, and for whoever starts the run again."""
         saved = None if self.checkpoint is None else str(self.checkpoint)
         record = {"reason": self.reason, "step": self.step, "checkpoint": saved}
-        part = logs / ".stopped.json.part"
+        part = logs / f".{STOPPED}.part"
         part.write_text(json.dumps(record) + "\n")
-        part.replace(logs / "stopped.json")
+        part.replace(logs / STOPPED)
 
     @classmethod
     def read(cls, logs: Path) -> RunStopped | None:
         """What a run that was stopped left behind, if it was."""
-        path = logs / "stopped.json"
+        path = logs / STOPPED
         if not path.is_file():
             return None
         record = json.loads(path.read_text())
         saved = record["checkpoint"]
         return cls(record["reason"], record["step"], None if saved is None else Path(saved))
-
-
-def forget_stop(logs: Path) -> None:
-    """Remove what an earlier attempt left."""
-    (logs / "stopped.json").unlink(missing_ok=True)
 
 
 class StopSignals:
@@ -117,13 +112,13 @@ class StopSignals:
 
 
 def clock_starts() -> None:
-    """In the launcher: ranks that it starts count their minutes from the start of this process."""
-    os.environ[_STARTED] = str(_LOADED)
+    """In the launcher: the minutes of the ranks that it will start begin now."""
+    os.environ[_STARTED] = str(time.monotonic())
 
 
 def clock_started() -> float:
-    """When the run's minutes began, by this node's monotonic clock: with the launcher, if any."""
-    return float(os.environ.get(_STARTED, _LOADED))
+    """When this rank's minutes began: with our launcher, else with its own process."""
+    return float(os.environ.get(_STARTED, _LOADED) if LAUNCHED in os.environ else _LOADED)
 
 
 class Stops:

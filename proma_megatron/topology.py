@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -152,7 +152,8 @@ def layout(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            # Typed as whole minutes, but Megatron only makes a timedelta of them.
+            distributed_timeout_minutes=cast(int, timeout_minutes),
             create_gloo_process_groups=device.type == "cuda",
         )
         model_parallel_cuda_manual_seed(seed)

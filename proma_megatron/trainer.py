@@ -43,7 +43,9 @@ from proma_megatron.rollout.scoring import Scorer
 from proma_megatron.rollout.source import Data
 from proma_megatron.run_dir import MARKER, RunDir
 from proma_megatron.snapshots import WeightSnapshot
+from proma_megatron.stopping import Stops, StopSignals
 from proma_megatron.topology import Topology
+from proma_megatron.watchdog import Phases
 
 
 class Trainer:
@@ -56,6 +58,8 @@ class Trainer:
         topology: Topology,
         run_dir: RunDir,
         reporter: Reporter,
+        phases: Phases | None = None,
+        stops: Stops | None = None,
     ) -> None:
         self.config, self.data, self.topology = config, data, topology
         self.run_dir, self.reporter = run_dir, reporter
@@ -73,7 +77,9 @@ class Trainer:
         self.references = References(config, self.learner)
         self.divergences = Divergences(config, self.learner, self.references.needs_step)
         self.optimizer: Optimizer | None = None  # built once RL's first weights are there
-        self.stopwatch = Stopwatch()
+        self.phases = phases or Phases()
+        self.stops = stops or Stops(topology, StopSignals(), None, 0.0)
+        self.stopwatch = Stopwatch(watch=self.phases.phase)
         self.done = 0  # RL steps that the weights have seen
         self.prompts_seen = data.train.state()  # the stream's position after those
         rollout = config.rollout
@@ -119,9 +125,12 @@ class Trainer:
         if not total:
             return  # only the policy that RL would start from was asked for
         self.reporter.start("rl", total, completed=self.done)
+        self.phases.step = self.done
         try:
             if self.done == 0:
-                self.reporter.write(StepReport(0, self.validate(0)), "rl")
+                with self.phases.phase("validation"):
+                    metrics = self.validate(0)
+                self.reporter.write(StepReport(0, metrics), "rl")
             for step in range(self.done + 1, total + 1):
                 self.reporter.write(self.step(step), "rl")
                 if step == total or (every and step % every == 0):
@@ -132,6 +141,7 @@ class Trainer:
 
     def step(self, step: int) -> StepReport:
         """One RL step: its metrics, and a few of its rollouts."""
+        self.phases.step = step
         with self.stopwatch.phase("step"):
             groups, metrics = self._collect(step)
             batch = [_sequences(found) for found in groups]
@@ -303,9 +313,10 @@ class Trainer:
         self.reporter.start("warm_start", warm.steps)
         for step in range(1, warm.steps + 1):
             started = time.perf_counter()
-            metrics = self.learner.supervise(
-                demonstrations.take(warm.sequences_per_step), optimizer
-            )
+            self.phases.step = step
+            with self.phases.phase("warm_start"):
+                batch = demonstrations.take(warm.sequences_per_step)
+                metrics = self.learner.supervise(batch, optimizer)
             metrics["seconds/step"] = time.perf_counter() - started
             self.reporter.write(StepReport(step, metrics), "warm_start")
 

@@ -1,7 +1,8 @@
 """One rank of a run: check, join the process group, build the trainer, run, leave.
 
 Started by `launcher` through `startup`, or entered directly under torchrun and srun. A failure is
-written to ``logs/error_rank<r>.json`` and ends the process at once.
+written to ``logs/error_rank<r>.json`` and ends the process at once. A run that stops early is left
+in order, by all ranks together.
 """
 
 from __future__ import annotations
@@ -11,24 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from proma_megatron.config import RunConfig
 from proma_megatron.config_file import load_config
-from proma_megatron.failure import fail
+from proma_megatron.failure import fail, record_error
 from proma_megatron.placement import check_precision, check_replicas, choose_device
 from proma_megatron.reporting import Live, Reporter, Silent
 from proma_megatron.rollout.rewards import check_reward
 from proma_megatron.rollout.source import prepare_data, with_own_tokenizer
 from proma_megatron.run_dir import RunDir
+from proma_megatron.stopping import RunStopped, Stops, StopSignals, clock_started
 from proma_megatron.topology import layout, process_group
 from proma_megatron.trainer import Trainer
+from proma_megatron.watchdog import Phases, Watchdog
 
 
-def run_worker(config: RunConfig, resume: bool) -> None:
+def run_worker(config: RunConfig, resume: bool, signals: StopSignals) -> None:
     """The run of this rank, from torchrun's environment variables.
 
     The run directory and its tokenizer are there once the process group is: the launcher, or rank
     0, has made them. What can be checked alone is checked before, on every rank.
+
+    Args:
+        signals: those that this rank notes.
+
+    Raises:
+        RunStopped: the run stopped early, with everything saved; on every rank, and when none of
+            them is busy any more.
     """
     check_replicas(config, int(os.environ["WORLD_SIZE"]))
     device_type = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -38,24 +49,50 @@ def run_worker(config: RunConfig, resume: bool) -> None:
         torch.set_num_threads(config.trainer.threads)
     run_dir = RunDir(config.run_dir)
     with process_group(device_type, config.trainer.timeout_minutes) as device:
+        phases = Phases(config.trainer.phase_minutes)
         try:
-            _run_in_group(config, run_dir, device, resume)
+            with Watchdog(run_dir.logs, phases, dist.get_rank()) as watchdog:
+                watchdog.meet_peers()
+                _run_in_group(config, run_dir, device, resume, signals, phases)
+        except RunStopped as stop:
+            if dist.get_rank() == 0:
+                stop.write(run_dir.logs)
+            dist.barrier()  # torchrun ends the others as soon as one has left
+            raise
         except BaseException as error:  # torch's CheckpointException is no Exception
             fail(run_dir.logs, error)
 
 
-def _run_in_group(config: RunConfig, run_dir: RunDir, device: torch.device, resume: bool) -> None:
+def _run_in_group(
+    config: RunConfig,
+    run_dir: RunDir,
+    device: torch.device,
+    resume: bool,
+    signals: StopSignals | None = None,
+    phases: Phases | None = None,
+) -> None:
+    phases = phases or Phases()
     minutes = config.trainer.timeout_minutes
     with layout(config.parallel, device, config.seed, minutes) as topology:
-        data = prepare_data(with_own_tokenizer(config) if resume else config, run_dir.tokenizer)
+        with phases.phase("setup"):
+            data = prepare_data(with_own_tokenizer(config) if resume else config, run_dir.tokenizer)
+        stops = Stops(
+            topology, signals or StopSignals(), config.trainer.max_minutes, clock_started()
+        )
         reporter: Reporter = Silent()
         if topology.is_main:
             run_dir.write_environment(_device_name(device))
             reporter = Live(config.name, run_dir, config.trainer.steps)
         trainer = None
         try:
-            trainer = Trainer(config, data, topology, run_dir, reporter)
+            with phases.phase("setup"):
+                trainer = Trainer(config, data, topology, run_dir, reporter, phases, stops)
             trainer.run(resume)
+        except RunStopped:
+            raise
+        except BaseException as error:
+            record_error(run_dir.logs, error)
+            raise
         finally:
             if trainer is not None:
                 trainer.close()
@@ -70,6 +107,9 @@ def main(arguments: Sequence[str]) -> None:
     path, *flags = arguments
     config = load_config(Path(path))
     try:
-        run_worker(config, resume="--resume" in flags)
+        with StopSignals() as signals:
+            run_worker(config, "--resume" in flags, signals)
+    except RunStopped:
+        return  # the launcher reads what rank 0 has left
     except Exception as error:
         fail(RunDir(config.run_dir).logs, error)

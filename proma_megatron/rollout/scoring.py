@@ -34,6 +34,7 @@ from proma_megatron.rollout.rewards import (
     load_judge,
     overlong_penalty,
 )
+from proma_megatron.watchdog import write_stacks_when_asked
 
 if TYPE_CHECKING:
     from proma_megatron.records import Rollout, ScoredRollout
@@ -219,6 +220,9 @@ def _enter(function: str, pattern: str | None) -> None:
     # pebble ends a process by SIGTERM, and catches that in Python: code that Python doesn't run,
     # such as a power of large numbers, would go on until pebble's SIGKILL, seconds later.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for asks_to_stop in (signal.SIGUSR1, signal.SIGINT):  # the trainer, which ends this process
+        signal.signal(asks_to_stop, signal.SIG_IGN)
+    write_stacks_when_asked()
     _end_with_parent()
     os.dup2(2, 1)  # stdout may be the run's live display
     if not _load(function, pattern) and function in BUILT_IN:

@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from proma_megatron import startup
 from proma_megatron.config import ProcessConfig
-from proma_megatron.failure import LAUNCHED, first_error, forget_errors
+from proma_megatron.failure import LAUNCHED, first_error, forget_earlier
 
 _PRELOADED = "support.preloaded"
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -240,17 +240,18 @@ def forked_start_workers(
     name: str,
     logs: Path,
     process: ProcessConfig,
+    graceful: bool = False,
 ) -> None:
     """In place of `workers.start_workers`: the same ranks, forked; none is ever started again.
 
     When one fails the others are ended within a second. What rank 0 prints is printed at the end.
     A signal to this process is not turned into a `StoppedError`.
     """
-    forget_errors(logs)
+    forget_earlier(logs)
     environment = {
         "OMP_NUM_THREADS": str(process.threads),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        LAUNCHED: "1",
+        LAUNCHED: str(os.getpid()),
     }
     with start_ranks(count, run_main, module, arguments, logs=logs, env=environment) as ranks:
         codes = ranks.wait_for_first_failure()
