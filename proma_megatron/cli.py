@@ -39,9 +39,30 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the run that the directory holds.")
     ] = False,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option(
+            "--resume-or-start",
+            help="Resume if there is a complete checkpoint, else start anew; for jobs that are "
+            "queued again with the same command.",
+        ),
+    ] = False,
 ) -> None:
-    """Train a policy. Starts one worker per rank of the layout, unless under torchrun or srun."""
+    """Train a policy. Starts one worker per rank of the layout, unless under torchrun or srun.
+
+    SIGTERM, SIGUSR1, Ctrl-C and trainer.max_minutes save and stop the run; a second Ctrl-C ends it.
+    Exit codes: 0 done; 1 failed; 2 the configuration doesn't fit; 75 stopped early with everything
+    saved, to go on with --resume.
+    """
+    if resume_or_start and (resume or overwrite):
+        other = "--resume" if resume else "--overwrite"
+        raise ConfigError(f"--resume-or-start can't be combined with {other}; choose one")
     checked = load_config(config, overrides or [])
+    if resume_or_start:
+        from proma_megatron.run_dir import resumes
+
+        resume = resumes(checked.run_dir)
+        overwrite = not resume
     from proma_megatron.launcher import train as launch  # imports torch and Megatron: seconds
 
     launch(checked, resume=resume, overwrite=overwrite)

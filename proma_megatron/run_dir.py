@@ -10,7 +10,7 @@ evaluation/       every completion of each validation
 unscored_*.jsonl  rollouts that a failing reward function left without one
 tensorboard/      event files
 checkpoints/      weights, optimizer state and position
-logs/             output of each rank
+logs/             output of each rank, errors, Python stacks, why the run stopped
 """
 
 from __future__ import annotations
@@ -119,6 +119,15 @@ class RunDir:
         self.environment.write_text(json.dumps(describe_environment(device), indent=2) + "\n")
 
 
+def resumes(path: Path) -> bool:
+    """Whether ``--resume-or-start`` finds a run to go on with; what else is there is overwritten.
+
+    Under torchrun and srun every rank may ask: before all of them are there, no checkpoint appears.
+    """
+    run_dir = RunDir(path)
+    return run_dir.holds_run and run_dir.latest_checkpoint() is not None
+
+
 def prepare_run_dir(path: Path, resume: bool, overwrite: bool) -> RunDir:
     """Create ``path`` with its folders, or take over the run that it holds. For rank 0 alone.
 
@@ -140,7 +149,7 @@ def prepare_run_dir(path: Path, resume: bool, overwrite: bool) -> RunDir:
     if resume and run_dir.latest_checkpoint() is None:
         raise ConfigError(
             f"{run_dir.checkpoints} holds no complete checkpoint to resume from; start again with "
-            "--overwrite"
+            "--overwrite or --resume-or-start"
         )
     if run_dir.holds_run and not (resume or overwrite):
         raise ConfigError(

@@ -267,7 +267,7 @@ def write_stacks_when_asked() -> None:
     """In a scoring process: let its rank have the stacks, whatever it is at."""
     path = os.environ.get(_SCORING)
     if path is not None:
-        file = Path(path).open("ab", buffering=0)  # faulthandler keeps it
+        file = Path(path).open("ab", buffering=0)  # noqa: SIM115 - faulthandler keeps it
         faulthandler.register(signal.SIGUSR2, file, all_threads=True)
 
 

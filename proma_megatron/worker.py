@@ -51,6 +51,10 @@ def run_worker(config: RunConfig, resume: bool, signals: StopSignals) -> None:
     with process_group(device_type, config.trainer.timeout_minutes) as device:
         phases = Phases(config.trainer.phase_minutes)
         try:
+            # --resume-or-start looks at the disk, and file systems of many nodes lag behind.
+            answer = [resume]
+            dist.broadcast_object_list(answer, src=0, device=device)
+            (resume,) = answer
             with Watchdog(run_dir.logs, phases, dist.get_rank()) as watchdog:
                 watchdog.meet_peers()
                 _run_in_group(config, run_dir, device, resume, signals, phases)
