@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from proma_megatron.config import ConfigError
-from proma_megatron.run_dir import MARKER, RunDir, describe_environment, git_state, prepare_run_dir
+from proma_megatron.run_dir import (
+    MARKER,
+    RunDir,
+    describe_environment,
+    git_state,
+    prepare_run_dir,
+    resumes,
+)
 
 
 def _start_run(path: Path) -> RunDir:
@@ -31,6 +38,19 @@ def _start_run(path: Path) -> RunDir:
 def _one_sentence(error: pytest.ExceptionInfo[ConfigError]) -> bool:
     text = str(error.value)
     return "\n" not in text and ". " not in text and not text.endswith(".")
+
+
+def test_a_job_that_is_queued_again_resumes_only_from_a_complete_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert not resumes(path)
+    run_dir = _start_run(path)
+    assert resumes(path)
+    (run_dir.checkpoint(2) / MARKER).unlink()
+    assert not resumes(path)
+    prepare_run_dir(path, resume=False, overwrite=True)  # what is left is no obstacle
+    (run_dir.checkpoints / "step_000003").mkdir()
+    (run_dir.checkpoints / "step_000003" / MARKER).write_text("{}")
+    assert not resumes(path)  # of no run
 
 
 def test_new_run_gets_its_folders(tmp_path: Path) -> None:

@@ -207,7 +207,6 @@ def test_the_command_ends_with_75(
         raise RunStopped("SIGTERM", 3, Path("there"))
 
     monkeypatch.setattr("proma_megatron.launcher.train", stops)
-    monkeypatch.setattr("proma_megatron.launcher.RunStopped", RunStopped)
     config = tmp_path / "config.yaml"
     config.write_text("name: x\n")
     monkeypatch.setattr(sys, "argv", ["proma", "train", str(config)])
@@ -215,6 +214,42 @@ def test_the_command_ends_with_75(
         cli.main()
     assert left.value.code == 75
     assert capsys.readouterr().err == f"{RunStopped('SIGTERM', 3, Path('there'))}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "there", "asked"),
+    [
+        (["--resume-or-start"], True, {"resume": True, "overwrite": False}),
+        (["--resume-or-start"], False, {"resume": False, "overwrite": True}),
+        (["--resume-or-start", "--resume"], False, "can't be combined with --resume; choose one"),
+        (["--resume-or-start", "--overwrite"], True, "can't be combined with --overwrite; choose"),
+    ],
+)
+def test_the_same_command_starts_a_run_and_goes_on_with_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    there: bool,
+    asked: dict[str, bool] | str,
+) -> None:
+    calls: list[dict[str, bool]] = []
+    monkeypatch.setattr("proma_megatron.launcher.train", lambda _, **flags: calls.append(flags))
+    monkeypatch.setattr("proma_megatron.run_dir.resumes", lambda path: there)
+    config = tmp_path / "config.yaml"
+    config.write_text("name: x\n")
+    monkeypatch.setattr(sys, "argv", ["proma", "train", str(config), *flags])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().err
+    if isinstance(asked, str):
+        assert left.value.code == 2
+        assert asked in said
+        assert said.count("\n") == 1
+        assert not calls
+    else:
+        assert left.value.code == 0
+        assert calls == [asked]
 
 
 # --------------------------------------------------------------------------- the launcher

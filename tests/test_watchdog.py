@@ -170,8 +170,8 @@ def test_a_reward_that_hangs_ends_the_run_with_its_line_named(tmp_path: Path) ->
     for rank in (0, 1):
         assert "in score_rollouts" in (stacks / f"rank_00{rank}.txt").read_text()
     assert 'sleepy.py", line 4 in score' in (stacks / "rank_000_scoring.txt").read_text()
-    (error,) = (run / "logs").glob("error_rank*.json")
-    assert ended - json.loads(error.read_text())["time"] < 8
+    errors = [json.loads(path.read_text()) for path in (run / "logs").glob("error_rank*.json")]
+    assert ended - min(error["time"] for error in errors) < 10
 
 
 # --------------------------------------------------------------------------- who failed first
