@@ -46,7 +46,8 @@ def start_workers(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     forget_earlier(logs)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for noisy in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     os.environ[LAUNCHED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(process.threads))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
