@@ -1,12 +1,13 @@
 """What training does to sequences: microbatches, passes over them, one optimizer step a minibatch.
 
-Every rank calls the same methods with the sequences of all replicas, and takes its share.
+Every rank calls the same methods with the sequences of all replicas, and takes its share. An update
+that is not finite is skipped on all of them; `nonfinite.py` says what that means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,26 +21,45 @@ from proma_megatron.batching.packing import (
     plan_microbatches,
 )
 from proma_megatron.config import RunConfig
+from proma_megatron.nonfinite import Offence, Pass, blame, is_finite, offences
 from proma_megatron.policy.losses.options import SUPERVISED, LossOptions
 from proma_megatron.policy.model import Policy
 from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.schedule import Sums, evaluate_logprobs, forward_backward, kl_estimate
+from proma_megatron.policy.schedule import Sums, evaluate_logprobs, kl_estimate
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.diagnostics import Units
 from proma_megatron.records import Microbatch, TrainingSequence
 
-Plan = list[list[int]]  # this replica's microbatches, as places among the sequences
+Plan = list[list[int]]  # a replica's microbatches, as places among the sequences
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """Gradients of one minibatch in ``main_grad``, and what they were made of."""
+
+    done: Pass
+    mine: Sums  # of this replica
+    sums: Sums  # of all
+    sequences: Sequence[TrainingSequence]  # of all replicas, as they went in
+    plans: list[Plan]
+    denominator: float
 
 
 class Learner:
-    """Passes and steps of one policy on this rank."""
+    """Passes and steps of one policy on this rank.
+
+    Attributes:
+        offences: what was to blame for the updates that the last `update` or `supervise` skipped,
+            in all replicas, on every rank.
+    """
 
     def __init__(
         self, config: RunConfig, policy: Policy, accumulator: Accumulator | None = None
     ) -> None:
         self.config, self.policy, self.accumulator = config, policy, accumulator
         self.loss = loss_options(config)
+        self.offences: list[Offence] = []
 
     # ------------------------------------------------------------------ steps
 
@@ -48,6 +68,10 @@ class Learner:
     ) -> dict[str, float]:
         """One optimizer step per minibatch of groups; what it was like.
 
+        A minibatch whose update is not finite is skipped, counted in ``optimizer/skipped``, and
+        leaves no trace in figures of updates. What only an update could tell is NaN, or missing,
+        where all were skipped.
+
         Args:
             kl: coefficient of the penalty in the loss, if there is one.
         """
@@ -55,23 +79,30 @@ class Learner:
         size = len(groups) // count
         metrics: dict[str, float] = {}
         units: Units = {}
-        sums = Sums()
+        sums, last = Sums(), None  # of the latest pass, and of the latest update
+        self.offences, skipped = [], 0
         trained, clipped, tokens = 0, 0.0, 0.0
         for index in range(count):
             minibatch = [s for found in groups[index * size : (index + 1) * size] for s in found]
-            sums = self.gradients(minibatch, kl)
-            update = optimizer.step()
+            found = self._gradients(minibatch, kl)
+            sums = found.sums
             clipped, tokens = clipped + sums.clipped, tokens + sums.tokens
-            if self.accumulator is not None:
-                mine = self.accumulator.tally.units()
-                units = diagnostics.merge([units, diagnostics.gather(mine, self.policy.topology)])
             trained += sum(len(sequence.tokens) for sequence in self._kept(minibatch))
             if index == 0 and sums.tokens:  # still the policy that the rollouts came from
                 metrics["policy/entropy"] = sums.entropy / sums.tokens
                 if self.config.loss.mismatch == "off":  # else the generator's are replaced by now
                     metrics["policy/logprob_mismatch"] = sums.mismatch / sums.tokens
                     metrics["policy/logprob_mismatch_max"] = sums.worst_mismatch
-            metrics |= update
+            if not self._is_finite(found, index):
+                metrics, skipped = optimizer.skip() | metrics, skipped + 1
+                continue
+            last = sums
+            metrics |= optimizer.step()
+            if self.accumulator is not None:
+                mine = self.accumulator.tally.units()
+                units = diagnostics.merge([units, diagnostics.gather(mine, self.policy.topology)])
+        sums = last or sums
+        metrics["optimizer/skipped"] = float(skipped)
         if self.loss.clips:
             metrics["loss/clipped"] = clipped / max(1, tokens)
         metrics["policy/kl_rollout"] = sums.kl / max(1, sums.tokens)
@@ -81,6 +112,9 @@ class Learner:
 
     def gradients(self, minibatch: Sequence[TrainingSequence], kl: float = 0.0) -> Sums:
         """Gradients of one minibatch in ``main_grad``, reduced; sums over all replicas."""
+        return self._gradients(minibatch, kl).sums
+
+    def _gradients(self, minibatch: Sequence[TrainingSequence], kl: float) -> Accumulated:
         # What is dropped still counts in the denominator: dropping changes no plain gradient.
         weighted, denominator = aggregate(minibatch, *aggregation(self.config))
         loss = replace(self.loss, kl=kl)
@@ -94,9 +128,30 @@ class Learner:
     def supervise(
         self, sequences: Sequence[TrainingSequence], optimizer: Optimizer
     ) -> dict[str, float]:
-        """One optimizer step of cross-entropy on these sequences; what it was like."""
-        sums = self._accumulate(sequences, float(loss_tokens(sequences)), SUPERVISED, None, 1.0)
-        return {"loss/supervised": sums.surprise / sums.tokens, **optimizer.step()}
+        """One optimizer step of cross-entropy on these sequences; what it was like.
+
+        It is skipped as by `update`.
+        """
+        self.offences = []
+        found = self._accumulate(sequences, float(loss_tokens(sequences)), SUPERVISED, None, 1.0)
+        finite = self._is_finite(found, 0)
+        return {
+            "loss/supervised": found.sums.surprise / found.sums.tokens,
+            "optimizer/skipped": float(not finite),
+            **(optimizer.step() if finite else optimizer.skip()),
+        }
+
+    def _is_finite(self, found: Accumulated, minibatch: int) -> bool:
+        """Whether an update may be made; if not, its offences are kept, and ``main_grad`` lost."""
+        if is_finite(found.done, found.mine):
+            return True
+        chains = [
+            tuple(tuple(found.sequences[at] for at in members) for members in plan)
+            for plan in found.plans
+        ]
+        blamed = blame(found.done, found.mine)
+        self.offences += offences(blamed, chains, minibatch, found.denominator)
+        return False
 
     def _accumulate(
         self,
@@ -105,16 +160,19 @@ class Learner:
         loss: LossOptions,
         accumulator: Accumulator | None,
         temperature: float | None = None,
-    ) -> Sums:
-        """Gradients of these sequences, given to all replicas; sums over all replicas."""
-        sums = forward_backward(
+    ) -> Accumulated:
+        """Gradients of these sequences, given to all replicas."""
+        topology, plans = self.policy.topology, self._plans(sequences)
+        done = Pass(
             self.policy,
-            self._pack(sequences, self._plan(sequences), denominator),
+            self._pack(sequences, plans[topology.data.rank], denominator),
             loss,
-            accumulator=accumulator,
-            temperature=temperature or self.config.rollout.temperature,
+            accumulator,
+            temperature or self.config.rollout.temperature,
         )
-        return sum(self.policy.topology.gather_over_data(sums), start=Sums())
+        mine = done.run()
+        sums = sum(topology.gather_over_data(mine), start=Sums())
+        return Accumulated(done, mine, sums, sequences, plans, denominator)
 
     # ------------------------------------------------------------------ looking
 
@@ -124,7 +182,8 @@ class Learner:
         Returns:
             For each sequence L numbers, on every rank.
         """
-        plan, topology = self._plan(sequences), self.policy.topology
+        topology = self.policy.topology
+        plan = self._plans(sequences)[topology.data.rank]
         mine: dict[int, tuple[float, ...]] = {}
         for members, (microbatch, values) in zip(
             plan, self._evaluated(sequences, plan), strict=True
@@ -144,7 +203,8 @@ class Learner:
 
     def divergence(self, sequences: Sequence[TrainingSequence]) -> float:
         """KL(sampling policy, policy) per token: the k3 estimate on these rollouts."""
-        plan, topology = self._plan(sequences), self.policy.topology
+        topology = self.policy.topology
+        plan = self._plans(sequences)[topology.data.rank]
         total, count = 0.0, 0.0
         for microbatch, values in self._evaluated(sequences, plan):
             if values is None:
@@ -173,20 +233,19 @@ class Learner:
 
     # ------------------------------------------------------------------ microbatches
 
-    def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
+    def _plans(self, sequences: Sequence[TrainingSequence]) -> list[Plan]:
+        """Each replica's microbatches, as many in all of them."""
         topology, batching = self.policy.topology, self.config.batching
         size = batching.sequences_per_microbatch
         multiple = topology.pipeline.size if topology.virtual_pipeline > 1 else 1
         if size is not None:
-            plan = consecutive_microbatches(len(sequences), size, topology.data.size, multiple)
-        else:
-            plan = plan_microbatches(
-                [len(sequence.tokens) for sequence in sequences],
-                batching.tokens_per_microbatch,
-                topology.data.size,
-                multiple,
-            )
-        return plan[topology.data.rank]
+            return consecutive_microbatches(len(sequences), size, topology.data.size, multiple)
+        return plan_microbatches(
+            [len(sequence.tokens) for sequence in sequences],
+            batching.tokens_per_microbatch,
+            topology.data.size,
+            multiple,
+        )
 
     def _pack(
         self, sequences: Sequence[TrainingSequence], plan: Plan, denominator: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -113,6 +114,8 @@ class References:
         if kl.target is None:
             return
         found = metrics["policy/kl_step" if self.needs_step else "policy/kl_reference"]
+        if not math.isfinite(found) or (self.needs_step and metrics.get("optimizer/skipped")):
+            return  # a step that was not made says nothing about how far steps move
         moved = adapted(self.coefficient, found, kl.target)
         self.coefficient = min(max(moved, kl.coefficient / RANGE), kl.coefficient * RANGE)
 

@@ -7,6 +7,7 @@ samples.jsonl     a few rollouts of each step
 tokenizer.model   a SentencePiece tokenizer, trained or copied
 huggingface/      config and tokenizer of the model that the run began with
 evaluation/       every completion of each validation
+nonfinite/        microbatches of updates that were skipped, for `proma grads`
 unscored_*.jsonl  rollouts that a failing reward function left without one
 tensorboard/      event files
 checkpoints/      weights, optimizer state and position
@@ -81,6 +82,17 @@ class RunDir:
         """Completions of the validation after this step."""
         return self.path / "evaluation" / f"step_{step:06d}.jsonl"
 
+    def nonfinite(
+        self, step: int, minibatch: int, replica: int, microbatch: int, phase: str = "rl"
+    ) -> Path:
+        """The dump of a microbatch whose loss, gradient or projection was not finite.
+
+        Phases count their steps separately; that of ``phase``, unless "rl", is in the name.
+        """
+        place = f"minibatch_{minibatch}_replica_{replica}_microbatch_{microbatch}"
+        prefix = "" if phase == "rl" else f"{phase}_"
+        return self.path / "nonfinite" / f"{prefix}step_{step:06d}_{place}.jsonl"
+
     @property
     def own_tokenizer(self) -> Path | None:
         """The tokenizer that this run trained, or its copy of the one that it was given."""
@@ -107,7 +119,8 @@ class RunDir:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        return self.tensorboard, self.checkpoints, self.logs, self.path / "evaluation"
+        data = (self.path / "evaluation", self.path / "nonfinite")
+        return self.tensorboard, self.checkpoints, self.logs, *data
 
     @property
     def holds_run(self) -> bool:

@@ -107,6 +107,14 @@ class Topology:
         dist.all_gather_object(gathered, value, group=self.pipeline.group)
         return gathered
 
+    def least(self, value: int, axis: Axis | None = None) -> int:
+        """The smallest of the ranks' integers, on one axis of the layout or of all ranks."""
+        if (self.world_size if axis is None else axis.size) == 1:
+            return value
+        box = torch.tensor([value], device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MIN, group=None if axis is None else axis.group)
+        return int(box)
+
     def barrier(self) -> None:
         dist.barrier()
 

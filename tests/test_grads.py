@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ def test_a_sharded_run_writes_the_papers_gradients(folders: Path, tmp_path: Path
     found = json.loads(line)
     assert (found["microbatches"], found["sequences"]) == (5, 11)
     assert found["loss_tokens"] == sum(sum(s.loss_mask[1:]) for m in BATCH for s in m)
+    assert found["not_finite"] == []
     assert 0 < found["total"]["removed_energy"] < 1
     assert found["total"]["orthogonality_residual"] < 1e-12
     qkv = found["units"]["decoder.layers.3.self_attention.linear_qkv.weight"]
@@ -85,6 +88,25 @@ def test_replicas_and_a_small_workspace(
     units = json.loads(capfd.readouterr().out)["units"]
     assert "lm_head.weight" in units
     assert not any("norm" in name or "bias" in name or "embed" in name for name in units)
+
+
+@pytest.mark.usefixtures("in_pool")
+@pytest.mark.parametrize("rule", ["exact", "none"])
+def test_a_gradient_that_is_not_finite_is_written_and_said(
+    folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], rule: str
+) -> None:
+    """What a run dumped is to be looked at: NaN in the second microbatch, not in the first."""
+    batch, out = tmp_path / "dump.jsonl", tmp_path / "g.safetensors"
+    bad = [replace(s, advantage=math.nan) for s in BATCH[1]]
+    write_batch(batch, [BATCH[0], bad, BATCH[2]])
+    config = gradients_config(["parallel.tensor=2", f"projection.rule={rule}"])
+    grads_here(folders / "qwen3", batch, out, config)
+    found = json.loads(capfd.readouterr().out)
+    gradients = load_file(out)
+    assert sorted(found["not_finite"]) == sorted(gradients)
+    assert all(bool(value.isnan().any()) for value in gradients.values())
+    if rule == "exact":
+        assert found["total"]["removed_energy"] is None
 
 
 def test_under_torchrun_it_takes_the_processes_that_are_there(

@@ -59,6 +59,7 @@ def test_new_run_gets_its_folders(tmp_path: Path) -> None:
         "checkpoints",
         "evaluation",
         "logs",
+        "nonfinite",
         "tensorboard",
     ]
 
@@ -91,6 +92,7 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
         "checkpoints",
         "evaluation",
         "logs",
+        "nonfinite",
         "notes.md",
         "plots",
         "plots/a.png",

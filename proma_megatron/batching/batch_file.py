@@ -6,8 +6,14 @@
     tokens         token ids, at least one
     loss_mask      0 or 1 a token; 1 counts the log-probability of that token given those before it,
                    so what position 0 says never counts
-    advantage      a finite number
-    token_weights  finite numbers, one a token; optional, 1 everywhere without
+    advantage      a number
+    token_weights  numbers, one a token; optional, 1 everywhere without
+    old_logprobs, reference_logprobs
+                   numbers, one a token; optional. `proma grads` has no use for them; they are there
+                   to be looked at in a microbatch that a run has dumped
+
+Numbers are finite. One that is not, and is meant so, is the string "nan", "inf" or "-inf": a dump
+has them, and elsewhere they would be mistakes.
 """
 
 from __future__ import annotations
@@ -22,8 +28,9 @@ from typing import Any
 from proma_megatron.config import ConfigError
 from proma_megatron.records import TrainingSequence
 
-FIELDS = {"microbatch", "tokens", "loss_mask", "advantage", "token_weights"}
-OPTIONAL = {"token_weights"}
+OPTIONAL = {"token_weights", "old_logprobs", "reference_logprobs"}
+FIELDS = {"microbatch", "tokens", "loss_mask", "advantage", *OPTIONAL}
+WORDS = ("nan", "inf", "-inf")
 
 
 def read_batch(path: Path, vocab_size: int) -> list[list[TrainingSequence]]:
@@ -66,8 +73,13 @@ def read_batch(path: Path, vocab_size: int) -> list[list[TrainingSequence]]:
     return batch
 
 
-def write_batch(path: Path, batch: Sequence[Sequence[TrainingSequence]]) -> None:
-    """The file that `read_batch` reads back as the same sequences (without old log-probabilities).
+def write_batch(
+    path: Path, batch: Sequence[Sequence[TrainingSequence]], logprobs: bool = False
+) -> None:
+    """The file that `read_batch` reads back as the same sequences.
+
+    Args:
+        logprobs: with log-probabilities of other policies; without, old ones are read back as 0.
 
     Raises:
         ValueError: a microbatch without sequences, which the format can't say.
@@ -77,15 +89,31 @@ def write_batch(path: Path, batch: Sequence[Sequence[TrainingSequence]]) -> None
             if not microbatch:
                 raise ValueError(f"microbatch {index} has no sequence")
             for sequence in microbatch:
-                row: dict[str, Any] = {
-                    "microbatch": index,
-                    "tokens": sequence.tokens,
-                    "loss_mask": sequence.loss_mask,
-                    "advantage": sequence.advantage,
-                }
-                if sequence.token_weights is not None:
-                    row["token_weights"] = sequence.token_weights
-                file.write(json.dumps(row) + "\n")
+                row = {"microbatch": index, **_row(sequence, logprobs)}
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def _row(sequence: TrainingSequence, logprobs: bool) -> dict[str, Any]:
+    """A line but for its microbatch."""
+    row: dict[str, Any] = {
+        "tokens": sequence.tokens,
+        "loss_mask": sequence.loss_mask,
+        "advantage": _word(sequence.advantage),
+    }
+    values = {"token_weights": sequence.token_weights}
+    if logprobs:
+        values["old_logprobs"] = sequence.old_logprobs
+        values["reference_logprobs"] = sequence.reference_logprobs
+    return row | {
+        name: [_word(value) for value in found]
+        for name, found in values.items()
+        if found is not None
+    }
+
+
+def _word(value: float) -> float | str:
+    """JSON has no other word for what is not finite."""
+    return value if math.isfinite(value) else str(float(value))
 
 
 # --------------------------------------------------------------------------- one line
@@ -109,13 +137,17 @@ def _parse(line: str, vocab_size: int) -> tuple[int, TrainingSequence]:
     if not _is_integer(index) or index < 0:
         raise ValueError(f"microbatch is {index!r}, expected an integer from 0")
     tokens = _tokens(row["tokens"], vocab_size)
-    weights = row.get("token_weights")
+    optional = {
+        name: None if row.get(name) is None else _numbers(name, row[name], len(tokens))
+        for name in OPTIONAL
+    }
     sequence = TrainingSequence(
         tokens=tokens,
         loss_mask=_mask(row["loss_mask"], len(tokens)),
         advantage=_number("advantage", row["advantage"]),
-        old_logprobs=(0.0,) * len(tokens),
-        token_weights=None if weights is None else _weights(weights, len(tokens)),
+        old_logprobs=optional["old_logprobs"] or (0.0,) * len(tokens),
+        token_weights=optional["token_weights"],
+        reference_logprobs=optional["reference_logprobs"],
     )
     return index, sequence
 
@@ -142,9 +174,9 @@ def _mask(value: Any, length: int) -> tuple[int, ...]:
     return tuple(int(entry) for entry in value)
 
 
-def _weights(value: Any, length: int) -> tuple[float, ...]:
-    _check_length("token_weights", value, length)
-    return tuple(_number(f"token_weights[{at}]", entry) for at, entry in enumerate(value))
+def _numbers(name: str, value: Any, length: int) -> tuple[float, ...]:
+    _check_length(name, value, length)
+    return tuple(_number(f"{name}[{at}]", entry) for at, entry in enumerate(value))
 
 
 def _check_length(name: str, value: Any, length: int) -> None:
@@ -159,6 +191,8 @@ def _number(name: str, value: Any) -> float:
         with contextlib.suppress(OverflowError):  # an integer beyond float64
             if math.isfinite(float(value)):
                 return float(value)
+    if value in WORDS:
+        return float(value)
     raise ValueError(f"{name} is {_short(value)}, expected a finite number")
 
 

@@ -56,11 +56,18 @@ def _run(job: GradientJob, topology: Topology) -> str | None:
     gradients, units = projected_gradients(
         policy, batch, job.config.projection, chains=job.chains, progress=progress
     )
+    summary = None
     if topology.is_main:
+        dtype = DTYPES[job.config.model.dtype]
+        gradients = {name: value.to(dtype).contiguous() for name, value in gradients.items()}
         _write(job, gradients)
         progress(f"wrote {job.out}")
+        bad = [name for name, value in gradients.items() if not bool(value.isfinite().all())]
+        if bad:
+            progress(f"{len(bad)} of {len(gradients)} gradients are not finite, such as {bad[0]}")
+        summary = json.dumps(_summary(job, units, batch, bad), allow_nan=False)
     topology.barrier()
-    return json.dumps(_summary(job, units, batch), allow_nan=False) if topology.is_main else None
+    return summary
 
 
 def _policy(job: GradientJob, batch: Batch, topology: Topology) -> Policy:
@@ -73,22 +80,21 @@ def _policy(job: GradientJob, batch: Batch, topology: Topology) -> Policy:
 
 
 def _write(job: GradientJob, gradients: Mapping[str, torch.Tensor]) -> None:
-    dtype = DTYPES[job.config.model.dtype]
     config = job.config.model_dump(mode="json")
     with complete_or_absent(job.out) as part:
-        save_file(
-            {name: value.to(dtype).contiguous() for name, value in gradients.items()},
-            part,
-            metadata={"format": "pt", "proma": json.dumps(config)},
-        )
+        metadata = {"format": "pt", "proma": json.dumps(config)}
+        save_file(dict(gradients), part, metadata=metadata)
 
 
-def _summary(job: GradientJob, units: Mapping[str, UnitSums], batch: Batch) -> dict[str, Any]:
+def _summary(
+    job: GradientJob, units: Mapping[str, UnitSums], batch: Batch, bad: Sequence[str]
+) -> dict[str, Any]:
     return {
         "out": str(job.out),
         "microbatches": len(batch),
         "sequences": sum(len(microbatch) for microbatch in batch),
         "loss_tokens": int(denominator(batch)),
+        "not_finite": list(bad),  # gradients, by name; they are written as they are
         "total": _finite(diagnostics.total(units)),
         "kinds": {kind: _finite(sums) for kind, sums in diagnostics.by_kind(units).items()},
         "units": {name: _finite(units[name]) for name in sorted(units, key=_place)},

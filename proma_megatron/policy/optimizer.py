@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -82,3 +83,14 @@ class Optimizer:
             "optimizer/grad_norm": float(norm) if norm is not None else float("nan"),
             "optimizer/lr": max(rates) if rates else 0.0,
         }
+
+    def skip(self) -> dict[str, float]:
+        """Drop the gradients; weights, Adam's state and the schedule stay as they are.
+
+        Returns:
+            The figures of `step`, which no update has: NaN.
+        """
+        self.optimizer.zero_grad()
+        for chunk in self.policy.chunks:
+            chunk.zero_grad_buffer()
+        return {"optimizer/grad_norm": math.nan, "optimizer/lr": math.nan}

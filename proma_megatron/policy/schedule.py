@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,16 @@ class GradientAccumulator(Protocol):
 
 
 @dataclass(frozen=True)
+class BadLoss:
+    """A microbatch of this replica whose loss is not finite."""
+
+    microbatch: int
+    # Positions t whose weight in the loss (a ratio, a penalty) is not finite although the
+    # log-probability of their label is.
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Sums:
     """Sums over the loss tokens of this replica's microbatches."""
 
@@ -46,6 +57,7 @@ class Sums:
     mismatch: float = 0.0  # |log pi - rollout's log-probability|
     worst_mismatch: float = 0.0
     clipped: float = 0.0  # tokens that clipping acts on
+    bad_losses: tuple[BadLoss, ...] = ()  # by microbatch; nothing says of which replica
 
     def __add__(self, other: Sums) -> Sums:
         names = self.__dataclass_fields__
@@ -66,11 +78,13 @@ def forward_backward(
     *,
     accumulator: GradientAccumulator | None = None,
     temperature: float = 1.0,
+    reduce: bool = True,
 ) -> Sums:
     """Gradients of all microbatches in ``main_grad``, reduced and ready for the optimizer.
 
     With an accumulator, backward carries unit losses and the accumulator owns ``main_grad``;
-    without, this is Megatron's own accumulation.
+    without, this is Megatron's own accumulation. With ``reduce=False`` each rank is left with what
+    it has accumulated itself, and no replica waits for another one.
 
     Returns:
         Sums of this replica, on every rank of it.
@@ -80,7 +94,9 @@ def forward_backward(
     if accumulator is not None:
         accumulator.begin()
         accumulator.enable(True)
-    policy.config.finalize_model_grads_func = partial(_finalize, accumulator, len(microbatches))
+    policy.config.finalize_model_grads_func = partial(
+        _finalize, accumulator, len(microbatches), reduce
+    )
     collected: list[Sums] = []
     step = partial(_forward_step, policy, options, accumulator, temperature, collected)
     try:
@@ -148,8 +164,11 @@ def _forward_step(
         logprobs, entropy = vocab_parallel_logprobs(
             logits[0], microbatch.labels, policy.vocab_size, policy.topology, temperature
         )
-        collected.append(_sums(logprobs.detach(), entropy.detach(), microbatch, options))
-        return policy_loss(logprobs, entropy, microbatch, options), _no_tokens(logits), {}
+        found = policy_loss(logprobs, entropy, microbatch, options)
+        collected.append(
+            _sums(found.detach(), logprobs.detach(), entropy.detach(), microbatch, options)
+        )
+        return found, _no_tokens(logits), {}
 
     return output, loss
 
@@ -162,6 +181,7 @@ def _no_tokens(logits: torch.Tensor) -> torch.Tensor:
 def _finalize(
     accumulator: GradientAccumulator | None,
     microbatches: int,
+    reduce: bool,
     chunks: list[Any],
     num_tokens: torch.Tensor | None = None,
     **kwargs: Any,
@@ -169,7 +189,8 @@ def _finalize(
     """Complete the projection, then Megatron's reductions; gradients are not rescaled."""
     if accumulator is not None:
         accumulator.finish(microbatches)
-    finalize_model_grads(chunks, None, **kwargs)
+    if reduce:
+        finalize_model_grads(chunks, None, **kwargs)
 
 
 def kl_estimate(other: torch.Tensor, sampled: torch.Tensor) -> float:
@@ -183,12 +204,16 @@ def kl_estimate(other: torch.Tensor, sampled: torch.Tensor) -> float:
 
 
 def _sums(
-    logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch, options: LossOptions
+    loss: torch.Tensor,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    microbatch: Microbatch,
+    options: LossOptions,
 ) -> Sums:
     mask = microbatch.loss_mask > 0
     picked = logprobs.double()[mask]
     if not len(picked):
-        return Sums()
+        return Sums()  # without loss tokens there is no loss
     delta = picked - microbatch.old_logprobs[mask]
     weighted = microbatch.weights[mask] * token_advantages(microbatch)[mask] * picked
     values = torch.stack(
@@ -199,9 +224,16 @@ def _sums(
             delta.abs().sum(),
             delta.abs().max(),
             clipped_tokens(logprobs, microbatch, options).sum(),
+            loss.double(),
         ]
     ).tolist()
-    objective, entropy_sum, surprise, mismatch, worst, clipped = values
+    objective, entropy_sum, surprise, mismatch, worst, clipped, value = values
+    # A unit loss knows no advantages: the objective does.
+    bad = (
+        ()
+        if math.isfinite(value) and math.isfinite(objective)
+        else (_bad_loss(logprobs, entropy, microbatch, options),)
+    )
     return Sums(
         tokens=float(len(picked)),
         objective=objective / microbatch.denominator,
@@ -211,4 +243,17 @@ def _sums(
         mismatch=mismatch,
         worst_mismatch=worst,
         clipped=clipped,
+        bad_losses=bad,
     )
+
+
+def _bad_loss(
+    logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch, options: LossOptions
+) -> BadLoss:
+    """What of the loss is not finite; found again, as it was not kept."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        loss = policy_loss(leaf, entropy, microbatch, options)
+        (factors,) = torch.autograd.grad(loss, leaf)
+    bad = ~factors.isfinite() & logprobs.isfinite() & (microbatch.loss_mask > 0)
+    return BadLoss(microbatch.index, tuple(bad.nonzero()[:, 0].tolist()))

@@ -8,7 +8,7 @@ no second gradient is ever held.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +18,8 @@ from proma_megatron.config import ProjectionConfig
 from proma_megatron.policy.parameters import Reduction
 from proma_megatron.projection.diagnostics import Tally
 from proma_megatron.projection.factors import DenseFactors
-from proma_megatron.projection.rules import clamp_factor
-from proma_megatron.projection.solver import Capture, add, not_finite, sum_together
+from proma_megatron.projection.rules import clamp_factor, masked
+from proma_megatron.projection.solver import Capture, add, sum_together
 from proma_megatron.projection.subspace import (
     Removal,
     Sides,
@@ -42,10 +42,6 @@ class _Linear:
     unit: Unit
     x: TokenMatrix
     dy: TokenMatrix
-
-    @property
-    def finite(self) -> bool:
-        return bool(self.factors.x.isfinite().all() and self.factors.dy.isfinite().all())
 
 
 class Deflating:
@@ -72,13 +68,8 @@ class Deflating:
             for unit in capture.units:
                 if not (microbatch.sequences.count and unit.projected):
                     add(capture, unit, microbatch.advantages)
-        if not linears:
-            return
-        try:
+        if linears:
             self._remove(linears, microbatch)
-        except torch.linalg.LinAlgError:
-            names = [found.unit.name for found in linears if not found.finite]
-            raise not_finite(names, microbatch) from None
 
     def _linears(
         self, capture: Capture, factors: DenseFactors, microbatch: Microbatch
@@ -117,10 +108,13 @@ class Deflating:
         ]
         square, energy = self._sums(linears, removals, energies)
         factor = clamp_factor(square, energy, self.bound) * self.shrinkage
+        sound = torch.stack([_is_finite(u, found) for u in linears])
+        finite = sound & (square + energy).isfinite()
+        self.tally.check(microbatch.index, finite)
         names = tuple(u.unit.name for u in linears)
         self.tally.add_energies(names, square * factor**2, energy, factor < self.shrinkage)
-        for u, removed, scale in zip(linears, removals, factor, strict=True):
-            _subtract(u, removed, scale)
+        for u, removed, scale, kept in zip(linears, removals, factor, finite, strict=True):
+            _subtract(u, removed, scale, kept)
 
     def _dominant(self, linears: Sequence[_Linear]) -> dict[int, Subspace]:
         """The subspaces that the sides ask for, by the identity of their matrix."""
@@ -152,11 +146,18 @@ class Deflating:
         return torch.where(partial_square, summed[0], square), summed[1]
 
 
-def _subtract(u: _Linear, removed: Removal, scale: torch.Tensor) -> None:
-    """Take ``scale * R`` out of this rank's rows of the unit."""
+def _is_finite(u: _Linear, found: Mapping[int, Subspace]) -> torch.Tensor:
+    """() bool: whether the unit's subspaces mean anything."""
+    asked = [found[id(matrix)].finite for matrix in (u.x, u.dy) if id(matrix) in found]
+    return torch.stack(asked).all()
+
+
+def _subtract(u: _Linear, removed: Removal, scale: torch.Tensor, kept: torch.Tensor) -> None:
+    """Take ``scale * R`` out of this rank's rows of the unit; nothing where not ``kept`` ()."""
     target, dtype, at = u.capture.main_grad, u.capture.main_grad.dtype, 0
-    right = (removed.right * scale).to(dtype)
+    right = masked(removed.right * scale, kept).to(dtype)
+    whole = masked(removed.left, kept)
     for low, high in u.unit.rows:
-        left = removed.left[at : at + high - low].to(dtype)
+        left = whole[at : at + high - low].to(dtype)
         target[low:high].addmm_(left, right, alpha=-1)
         at += high - low

@@ -88,10 +88,25 @@ class UnitSums:
 
 
 class Tally:
-    """Collects the sums of each unit during a backward pass, without waiting for the device."""
+    """Collects the sums of each unit during a backward pass, without waiting for the device.
+
+    Figures of a unit that is not finite are not either.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], torch.Tensor] = {}  # (U, fields of UnitSums)
+        self._finite: list[tuple[int, torch.Tensor]] = []  # microbatch, (U,) bool
+
+    def check(self, microbatch: int, finite: torch.Tensor) -> None:
+        """Keep in mind which of these units were left alone in this microbatch; (U,) bool."""
+        self._finite.append((microbatch, finite))
+
+    def not_finite(self) -> list[int]:
+        """Microbatches in which a unit of this rank was left alone; one transfer."""
+        if not self._finite:
+            return []
+        whole = torch.stack([finite.all() for _, finite in self._finite]).tolist()
+        return sorted({m for (m, _), good in zip(self._finite, whole, strict=True) if not good})
 
     def add(
         self,

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from proma_megatron.projection.rules import Solution, finite_eigh
+from proma_megatron.projection.rules import Solution, all_finite, masked
 
 Kind = Literal["kernel", "norm"]
 
@@ -33,17 +33,16 @@ def precondition(
     """Coefficients a' of the update, for units that are solved together.
 
     ``removed`` is |G (a - a')|^2, what the transformation changed, next to ``policy`` = |G a|^2;
-    nothing is clamped and there is no residual.
+    nothing is clamped and there is no residual. Of a unit that is not finite, a' = a.
 
     Args:
         gram: K (..., k, k) float64, symmetric positive semidefinite. Where it is 0, a' = a.
         advantages: a (k,) float64.
         regularization: positive, relative to the mean eigenvalue.
-
-    Raises:
-        torch.linalg.LinAlgError: K is not finite.
     """
-    values, vectors = finite_eigh(gram)
+    finite = all_finite(gram, 2)
+    gram = masked(gram, finite)
+    values, vectors = torch.linalg.eigh(gram)
     values = values.clamp(min=0)  # below it only by rounding
     diagonal = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0)
     reg = regularization * diagonal.mean(dim=-1, keepdim=True)
@@ -55,12 +54,15 @@ def precondition(
         ratio = torch.where(reg > 0, diagonal / torch.where(reg > 0, reg, 1.0), 0.0)
         coefficients = advantages / (1 + ratio).sqrt()
     policy = _square(values, vectors, advantages.expand(diagonal.shape))
+    removed = _square(values, vectors, advantages - coefficients)
+    finite = finite & all_finite(coefficients, 1) & (removed + policy).isfinite()
     return Solution(
-        coefficients=coefficients,
-        removed=_square(values, vectors, advantages - coefficients),
+        coefficients=torch.where(finite[..., None], coefficients, advantages),
+        removed=removed,
         policy=policy,
         clamped=torch.zeros_like(policy, dtype=torch.bool),
         residual=torch.zeros_like(policy),
+        finite=finite,
     )
 
 

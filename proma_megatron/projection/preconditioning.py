@@ -21,8 +21,6 @@ from proma_megatron.projection.solver import (
     Capture,
     Summands,
     add,
-    names_not_finite,
-    not_finite,
     sum_over_tensor_group,
 )
 from proma_megatron.projection.units import Unit
@@ -58,12 +56,10 @@ class Preconditioning:
         gram = torch.stack(
             [_gram(found, whole) for found, (whole,) in zip(units, sums, strict=True)]
         )
-        try:
-            solution = precondition(
-                self.kind, gram, microbatch.advantages, regularization=self.regularization
-            )
-        except torch.linalg.LinAlgError:
-            raise not_finite(names_not_finite(units), microbatch) from None
+        solution = precondition(
+            self.kind, gram, microbatch.advantages, regularization=self.regularization
+        )
+        self.tally.check(microbatch.index, solution.finite)
         names = tuple(found.unit.name for found in units)
         self.tally.add(names, gram, solution.policy, microbatch.advantages, solution)
         for found, coefficients in zip(units, solution.coefficients, strict=True):

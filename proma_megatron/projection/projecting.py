@@ -8,7 +8,7 @@ G^T (k, n) and A (n,) themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -21,8 +21,6 @@ from proma_megatron.projection.solver import (
     Capture,
     Summands,
     add,
-    names_not_finite,
-    not_finite,
     sum_over_tensor_group,
 )
 from proma_megatron.projection.units import Unit
@@ -67,33 +65,22 @@ class Projecting:
                 else:
                     matrices.append(_products(capture, unit, capture.factors))
         sums = sum_over_tensor_group([*matrices, *vectors], self.tensor)
-        try:
-            self._solve(matrices, vectors, sums, microbatch.advantages)
-        except torch.linalg.LinAlgError:
-            raise not_finite(names_not_finite([*matrices, *vectors]), microbatch) from None
-
-    def _solve(
-        self,
-        matrices: Sequence[Summands],
-        vectors: Sequence[Summands],
-        sums: Iterator[tuple[torch.Tensor, ...]],
-        advantages: torch.Tensor,
-    ) -> None:
         if matrices:
-            self._solve_matrices(matrices, [next(sums) for _ in matrices], advantages)
+            self._solve_matrices(matrices, [next(sums) for _ in matrices], microbatch)
         by_length: dict[int, list[tuple[Summands, tuple[torch.Tensor, ...]]]] = {}
         for vector, whole in zip(vectors, sums, strict=True):
             by_length.setdefault(len(whole[1]), []).append((vector, whole))
         for group in by_length.values():
             found, wholes = zip(*group, strict=True)
-            self._solve_vectors(found, wholes, advantages)
+            self._solve_vectors(found, wholes, microbatch)
 
     def _solve_matrices(
         self,
         matrices: Sequence[Summands],
         wholes: Sequence[tuple[torch.Tensor, ...]],
-        advantages: torch.Tensor,
+        microbatch: Microbatch,
     ) -> None:
+        advantages = microbatch.advantages
         gram, overlap, energy = (torch.stack(part) for part in zip(*wholes, strict=True))
         solution = solve(
             self.rule,
@@ -104,6 +91,7 @@ class Projecting:
             bound=self.bound,
             cutoff=self.cutoff,
         )
+        self.tally.check(microbatch.index, solution.finite)
         names = tuple(matrix.unit.name for matrix in matrices)
         self.tally.add(names, gram, energy, advantages, solution)
         for matrix, coefficients in zip(matrices, solution.coefficients, strict=True):
@@ -113,8 +101,9 @@ class Projecting:
         self,
         vectors: Sequence[Summands],
         wholes: Sequence[tuple[torch.Tensor, ...]],
-        advantages: torch.Tensor,
+        microbatch: Microbatch,
     ) -> None:
+        advantages = microbatch.advantages
         gradients, accumulated = (torch.stack(part) for part in zip(*wholes, strict=True))
         solution = solve_vectors(
             self.rule,
@@ -125,6 +114,7 @@ class Projecting:
             bound=self.bound,
             cutoff=self.cutoff,
         )
+        self.tally.check(microbatch.index, solution.finite)
         names = tuple(vector.unit.name for vector in vectors)
         gram, energy = gradients @ gradients.mT, accumulated.square().sum(dim=-1)
         self.tally.add(names, gram, energy, advantages, solution)

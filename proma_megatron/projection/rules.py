@@ -12,7 +12,9 @@ so directions that are nearly dependent cost digits. Norm weights and biases are
 whole on every rank, and there a microbatch may have nearly as many sequences as the vector has
 entries: `solve_vectors` takes G itself.
 
-All functions take leading batch axes (units that are solved together) and float64.
+All functions take leading batch axes (units that are solved together) and float64. A unit whose
+figures are not finite, those that it is given or those that come out, is left alone: nothing is
+removed, P is added, and `Outcome.finite` says so. The other units of the batch don't notice.
 Source: PROMA (arXiv:2601.10498), figures 1 and 3 and section 3.
 """
 
@@ -37,6 +39,7 @@ class Outcome:
     policy: torch.Tensor  # (...,) |P|^2, P = G a
     clamped: torch.Tensor  # (...,) bool: the bound made the removed part smaller
     residual: torch.Tensor  # (...,) max_s |<A - G beta, u_s>| before the clamp, u_s = G_s / |G_s|
+    finite: torch.Tensor  # (...,) bool: all figures of it are; if not, nothing was changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,8 @@ def solve(
         cutoff: eigenvalues of the normalized Gram below ``cutoff`` times the largest count as 0;
             depends on the precision that K was formed in.
     """
+    finite = all_finite(gram, 2) & all_finite(overlap, 1)
+    gram, overlap = masked(gram, finite), masked(overlap, finite)
     spectrum = _Spectrum.of(gram, cutoff)
     if rule == "exact":
         beta = spectrum.pseudo_inverse(overlap)
@@ -80,12 +85,15 @@ def solve(
     removed = spectrum.square_norm(beta)
     policy = spectrum.square_norm(advantages.expand_as(beta))
     factor = clamp_factor(removed, policy, bound) * shrinkage
+    coefficients = advantages - factor[..., None] * beta
+    finite = finite & all_finite(coefficients, 1) & (removed + policy).isfinite()
     return Solution(
-        coefficients=advantages - factor[..., None] * beta,
+        coefficients=torch.where(finite[..., None], coefficients, advantages),
         removed=removed * factor**2,
         policy=policy,
         clamped=factor < shrinkage,
         residual=_residual(overlap - _apply(gram, beta), spectrum.scale),
+        finite=finite,
     )
 
 
@@ -106,8 +114,11 @@ def solve_vectors(
         accumulated: A (..., n).
         cutoff: as in `solve`: a singular value of normalized G counts as 0 below its root.
     """
+    finite = all_finite(gradients, 2) & all_finite(accumulated, 1)
     gram = gradients @ gradients.mT
-    overlap = _apply(gradients, accumulated)
+    finite = finite & all_finite(gram, 2)
+    gradients, accumulated = masked(gradients, finite), masked(accumulated, finite)
+    gram, overlap = masked(gram, finite), _apply(gradients, accumulated)
     if rule == "exact":
         normalized = _inverse_norms(gram)[..., None] * gradients
         basis, sizes, _ = torch.linalg.svd(normalized.mT, full_matrices=False)
@@ -124,12 +135,14 @@ def solve_vectors(
     policy = _apply(gradients.mT, advantages.expand(gram.shape[:-1])).square().sum(dim=-1)
     factor = clamp_factor(square, policy, bound) * shrinkage
     left = _apply(gradients, accumulated - inside)
+    finite = finite & all_finite(inside, 1) & (square + policy).isfinite()
     return VectorSolution(
-        removed_part=factor[..., None] * inside,
+        removed_part=masked(factor[..., None] * inside, finite),
         removed=square * factor**2,
         policy=policy,
         clamped=factor < shrinkage,
         residual=_residual(left, _inverse_norms(gram)),
+        finite=finite,
     )
 
 
@@ -145,16 +158,14 @@ def clamp_factor(removed: torch.Tensor, policy: torch.Tensor, bound: float | Non
     return torch.where(norm > limit, limit / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
 
 
-def finite_eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``torch.linalg.eigh``, which by itself refuses only some of what is not finite.
+def all_finite(values: torch.Tensor, axes: int) -> torch.Tensor:
+    """(...,) bool: whether everything along so many last axes is finite."""
+    return values.isfinite().flatten(-axes).all(dim=-1)
 
-    Raises:
-        torch.linalg.LinAlgError: a matrix is not finite.
-    """
-    values, vectors = torch.linalg.eigh(matrices)
-    if not bool(values.isfinite().all()):
-        raise torch.linalg.LinAlgError("eigenvalues are not finite")
-    return values, vectors
+
+def masked(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """``values`` (..., *rest) where ``kept`` (...,), else 0: eigh, svd and solve refuse NaN."""
+    return torch.where(kept.reshape(*kept.shape, *[1] * (values.dim() - kept.dim())), values, 0.0)
 
 
 def _inverse_norms(gram: torch.Tensor) -> torch.Tensor:
@@ -185,7 +196,7 @@ class _Spectrum:
     @classmethod
     def of(cls, gram: torch.Tensor, cutoff: float) -> _Spectrum:
         scale = _inverse_norms(gram)
-        values, vectors = finite_eigh(scale[..., :, None] * gram * scale[..., None, :])
+        values, vectors = torch.linalg.eigh(scale[..., :, None] * gram * scale[..., None, :])
         return cls(scale, torch.where(values > cutoff * values[..., -1:], values, 0.0), vectors)
 
     def pseudo_inverse(self, overlap: torch.Tensor) -> torch.Tensor:

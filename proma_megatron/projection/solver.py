@@ -58,8 +58,9 @@ class Updater(Protocol):
     def update(self, captures: Sequence[Capture], microbatch: Microbatch) -> None:
         """Add the microbatch to ``main_grad`` of these parameters, as the rule has it.
 
-        Raises:
-            RuntimeError: gradients that are not finite, by the names of their units.
+        What is not finite raises nothing, or one rank would leave the others waiting: the unit gets
+        the microbatch plainly, and `Tally.not_finite` names the microbatch afterwards. All tensor
+        ranks solve from the same sums, and so agree.
         """
         ...
 
@@ -102,20 +103,3 @@ def add(capture: Capture, unit: Unit, coefficients: torch.Tensor) -> None:
     """``A <- A + G coefficients`` on this rank's entries of the unit; coefficients (k,)."""
     if unit.rows and len(coefficients):
         capture.factors.update(unit.rows, capture.main_grad, coefficients)
-
-
-def not_finite(names: Sequence[str], microbatch: Microbatch) -> RuntimeError:
-    """The complaint about these units' gradients; ``names`` may all be those of another rank."""
-    return RuntimeError(
-        f"sequence gradients are not finite in microbatch {microbatch.index}: "
-        f"{', '.join(names) or 'on another tensor rank'}"
-    )
-
-
-def names_not_finite(units: Sequence[Summands]) -> list[str]:
-    """Units whose summands on this rank are not finite."""
-    return [
-        found.unit.name
-        for found in units
-        if not all(bool(part.isfinite().all()) for part in found.tensors)
-    ]

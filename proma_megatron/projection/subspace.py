@@ -35,7 +35,7 @@ from typing import Literal
 
 import torch
 
-from proma_megatron.projection.rules import finite_eigh
+from proma_megatron.projection.rules import all_finite, masked
 
 DIRECT_TOKENS = 256
 ITERATIONS = 8
@@ -121,16 +121,15 @@ class Subspace:
 
     basis: torch.Tensor  # (n, r) this rank's rows of U, whose columns are orthonormal over all
     image: torch.Tensor  # (T, r) M U, of the whole M
+    finite: torch.Tensor  # () bool: M is; if not, U and M U mean nothing
 
 
 def dominant(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> list[Subspace]:
     """The dominant subspaces of these matrices, all with the same tokens.
 
     They go in step, so that ``reduce`` is called once for all of them: once in all where T is
-    small, else `ITERATIONS` + 1 times; the same on every rank, for only shapes decide.
-
-    Raises:
-        torch.linalg.LinAlgError: a matrix is not finite.
+    small, else `ITERATIONS` + 1 times; the same on every rank, for only shapes decide. A matrix
+    that is not finite raises nothing, and does nothing to the others.
     """
     if not matrices:
         return []
@@ -151,10 +150,11 @@ def is_direct(tokens: int, rank: int) -> bool:
 
 def _direct(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> list[Subspace]:
     grams = torch.stack(_whole([m.gram() for m in matrices], matrices, reduce))
-    sizes, scale, left = _ritz(grams, rank)
+    finite = all_finite(grams, 2)
+    sizes, scale, left = _ritz(masked(grams, finite), rank)
     return [
         # M^T v = s u, and M u = s v.
-        Subspace(m.apply_transposed(left[i] * scale[i]), left[i] * sizes[i])
+        Subspace(m.apply_transposed(left[i] * scale[i]), left[i] * sizes[i], finite[i])
         for i, m in enumerate(matrices)
     ]
 
@@ -167,17 +167,25 @@ def _iterated(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> lis
     basis = start.to(matrices[0].matrix.device).expand(len(matrices), -1, -1)
     right: list[torch.Tensor] = []
     images = basis
+    finite = all_finite(basis, 2)
     for step in range(ITERATIONS + 1):
         right = [m.apply_transposed(v) for m, v in zip(matrices, basis, strict=True)]
         parts = [m.apply(b) for m, b in zip(matrices, right, strict=True)]
         images = torch.stack(_whole(parts, matrices, reduce))
+        finite = finite & all_finite(images, 2)
+        images = masked(images, finite)
         if step < ITERATIONS:
             basis, _ = torch.linalg.qr(images)
     # V^T M M^T V is the Gram matrix of B = M^T V; B Q / s has orthonormal columns.
     small = basis.mT @ images
-    _, scale, rotation = _ritz((small + small.mT) / 2, rank)
+    small = (small + small.mT) / 2
+    finite = finite & all_finite(small, 2)
+    _, scale, rotation = _ritz(masked(small, finite), rank)
     rotation = rotation * scale[:, None, :]
-    return [Subspace(b @ q, image @ q) for b, q, image in zip(right, rotation, images, strict=True)]
+    return [
+        Subspace(b @ q, image @ q, good)
+        for b, q, image, good in zip(right, rotation, images, finite, strict=True)
+    ]
 
 
 def _ritz(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -185,7 +193,7 @@ def _ritz(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, t
 
     s and 1/s are 0 where nothing but rounding is left.
     """
-    values, vectors = finite_eigh(grams)
+    values, vectors = torch.linalg.eigh(grams)
     values, vectors = values[:, -rank:].flip(-1), vectors[:, :, -rank:].flip(-1)
     there = values > CUTOFF * values[:, :1].clamp(min=0)
     sizes = torch.where(there, values, 0.0).sqrt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,24 @@ def refusal(path: Path) -> str:
 
 
 # --------------------------------------------------------------------------- good files
+
+
+def test_a_dump_keeps_log_probabilities_and_what_is_not_finite(folder: Path) -> None:
+    path = folder / "dump.jsonl"
+    sequence = TrainingSequence(
+        tokens=(1, 2, 3),
+        loss_mask=(0, 1, 1),
+        advantage=-math.inf,
+        old_logprobs=(0.0, -1.5, math.inf),
+        token_weights=(1.0, math.nan, 0.5),
+        reference_logprobs=(0.0, -2.0, -math.inf),
+    )
+    write_batch(path, [[sequence]], logprobs=True)
+    text = path.read_text()
+    assert "NaN" not in text, "that is no JSON"
+    assert "Infinity" not in text
+    ((found,),) = read_batch(path, VOCAB)
+    assert repr(found) == repr(sequence)  # NaN is not equal to itself
 
 
 @settings(deadline=None, max_examples=40)

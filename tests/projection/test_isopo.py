@@ -95,7 +95,14 @@ def test_sequences_that_agree_are_damped_more_than_one_that_differs() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_finite_is_refused(kind: Kind) -> None:
-    gram = torch.full((2, 2), torch.nan, dtype=torch.float64)
-    with pytest.raises(torch.linalg.LinAlgError):
-        precondition(kind, gram, torch.ones(2).double(), regularization=1.0)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e308])
+def test_a_unit_that_is_not_finite_keeps_its_advantages(kind: Kind, bad: float) -> None:
+    gradients, _ = made((2, 10, 4, 4))
+    good, advantages = gradients.T @ gradients, torch.full((4,), 3.0).double()
+    poisoned = good.clone()
+    poisoned[1, 1] = bad  # 1e308 is finite, but what is computed from it is not
+    found = precondition(kind, torch.stack([poisoned, good]), advantages, regularization=1.0)
+    assert found.finite.tolist() == [False, True]
+    assert torch.equal(found.coefficients[0], advantages)
+    alone = precondition(kind, good, advantages, regularization=1.0)
+    assert torch.equal(found.coefficients[1], alone.coefficients)

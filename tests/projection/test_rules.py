@@ -329,3 +329,38 @@ def test_a_sequence_counts_once_however_often_it_is_given() -> None:
     for vectors in (False, True):
         copies = Problem(accumulated, one.repeat(1, 6), torch.zeros(6).double(), vectors)
         torch.testing.assert_close(copies.removed("exact"), single, rtol=1e-12, atol=1e-12)
+
+
+# --------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("where", ["gradients", "accumulated"])
+def test_a_unit_that_is_not_finite_is_left_alone(
+    rule: Any, bad: float, vectors: bool, where: str
+) -> None:
+    """1e200 is finite, but its square is not."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn((2, 3, 7), generator=generator, dtype=torch.float64)
+    accumulated = torch.randn((2, 7), generator=generator, dtype=torch.float64)
+    (gradients if where == "gradients" else accumulated)[0, ..., 2] = bad
+    advantages = torch.randn(3, generator=generator, dtype=torch.float64)
+
+    def solved(units: slice) -> tuple[Outcome, torch.Tensor]:
+        options: Any = {"shrinkage": 1.0, "bound": 0.5, "cutoff": CUTOFF}
+        g, a = gradients[units], accumulated[units]
+        if vectors:
+            found = solve_vectors(rule, g, a, advantages, **options)
+            return found, found.removed_part
+        overlap = (g @ a[..., None])[..., 0]
+        solution = solve(rule, g @ g.mT, overlap, advantages, **options)
+        return solution, advantages - solution.coefficients
+
+    found, removed = solved(slice(2))
+    assert found.finite.tolist() == [False, True]
+    assert not removed[0].any()
+    alone, expected = solved(slice(1, 2))
+    assert bool(alone.finite)
+    assert torch.equal(removed[1], expected[0])

@@ -213,12 +213,18 @@ def test_of_a_one_sided_part_a_rank_knows_its_own_entries() -> None:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_what_is_not_finite_is_refused(direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_matrix_that_is_not_finite_is_said_to_be_so(
+    direct: bool, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(subspace, "DIRECT_TOKENS", 256 if direct else 0)
-    matrix = normal(0, 30, 10)
-    matrix[3, 2] = torch.nan
-    with pytest.raises(torch.linalg.LinAlgError):
-        dominant([whole(matrix)], 2, alone)
+    good, poisoned = normal(0, 30, 10), normal(0, 30, 10)
+    poisoned[3, 2] = bad
+    found = dominant([whole(poisoned), whole(good)], 2, alone)
+    assert [bool(subspace.finite) for subspace in found] == [False, True]
+    (expected,) = dominant([whole(good)], 2, alone)
+    assert torch.equal(found[1].basis, expected.basis)
+    assert torch.equal(found[1].image, expected.image)
 
 
 def test_the_sketch_grows_with_the_rank() -> None:

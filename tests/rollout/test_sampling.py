@@ -175,3 +175,18 @@ def test_noise_is_uniform_on_the_half_open_unit_interval() -> None:
     counts = torch.histc(values, bins=10, min=0, max=1)
     # 10,000 draws in 10 bins: 1000 +- 30 each; 5 standard deviations.
     assert bool(((counts - 1000).abs() < 150).all()), counts
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_a_row_that_is_not_finite_draws_some_token(bad: float, truncation: dict) -> None:
+    """A policy that broke goes on to the update that is skipped, instead of ending a rank."""
+    logits = random_logits().repeat(3, 1)
+    logits[1, 4] = bad
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **truncation}
+    for uniform in (torch.full((3,), ALMOST_ONE, dtype=torch.float64), None):
+        tokens, scores = sample(logits, uniform, **options)
+        assert bool(((tokens >= 0) & (tokens < 17)).all())
+        assert scores.isfinite().tolist() == [True, False, True]
+        alone, _ = sample(logits[:1], None if uniform is None else uniform[:1], **options)
+        assert tokens[0] == tokens[2] == alone[0]

@@ -45,7 +45,7 @@ def _policy(model: ModelConfig, topology: Topology) -> Policy:
     return build_policy(model, VOCAB, 64, topology, seed=SEED)
 
 
-def _gathered(policy: Policy, what: str) -> Tensors:
+def gathered(policy: Policy, what: str) -> Tensors:
     def read(shard: ParameterShard) -> torch.Tensor:
         if what == "weight":
             return shard.parameter
@@ -79,7 +79,7 @@ def minibatch_gradients(
                 )
             learner = Learner(config, policy, accumulator)
             sums = learner.gradients(sequences, config.loss.kl.coefficient)
-            found.append((_gathered(policy, "gradient"), sums))
+            found.append((gathered(policy, "gradient"), sums))
     return found
 
 
@@ -104,7 +104,7 @@ def looks(
         divergences = Divergences(config, learner, of_every_step=True)
         initial = divergences.initial = WeightSnapshot(policy)
         before = learner.logprobs(sequences)
-        weights = _gathered(policy, "weight")
+        weights = gathered(policy, "weight")
         sampled = [
             replace(s, old_logprobs=found) for s, found in zip(sequences, before, strict=True)
         ]
@@ -116,8 +116,8 @@ def looks(
         found["lagged"].append(divergences.to_lagged(2, [sampled])["policy/kl_lagged"])
         found["batch"] = references.attach([sequences], initial)[0][0]
         with initial.in_place():
-            inside = _gathered(policy, "weight")
-        restored = _gathered(policy, "weight")
+            inside = gathered(policy, "weight")
+        restored = gathered(policy, "weight")
         found["swap"] = [
             (
                 name,
