@@ -6,12 +6,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from support.gradients import TINY, VOCAB, random_batch
-from support.learning import Tensors
+from support.learning import Tensors, learning
 from support.nonfinite import Case, Left, Minibatch, gradient_norm, replayed, updates
 from support.pool import WorkerPool
 from support.pooled import TINY_RUN, rl_rows, run_in_pool
@@ -20,8 +20,10 @@ from proma_megatron.batching.batch_file import read_batch
 from proma_megatron.batching.packing import loss_tokens
 from proma_megatron.config import ParallelConfig, ProjectionConfig
 from proma_megatron.config_file import apply_overrides, validate_config
+from proma_megatron.learner import Learner
 from proma_megatron.nonfinite import Offence, dump
 from proma_megatron.records import TrainingSequence
+from proma_megatron.references import References
 from proma_megatron.run_dir import RunDir
 
 HUGE = 1e160  # finite in float64, but its square is not
@@ -140,7 +142,7 @@ def test_what_is_not_finite_is_skipped_and_blamed_in_every_layout(
     good = rank["good"]
     for name in ("gradient", "projection"):
         assert same(rank[name].weights, good.weights), name
-        for key in ("optimizer/grad_norm", "optimizer/lr", "projection/removed_energy"):
+        for key in ("optimizer/grad_norm", "projection/removed_energy", "policy/kl_rollout"):
             assert rank[name].metrics[key] == good.metrics[key], (name, key)
     for name in ("loss", "plain"):
         assert rank[name].empty
@@ -287,11 +289,24 @@ def test_a_dump_shows_what_is_not_finite(workers: WorkerPool, tmp_path: Path) ->
 # --------------------------------------------------------------------------- a run
 
 
-def test_a_run_with_a_broken_policy_goes_on(workers: WorkerPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["parallel.tensor=2"],
+        [
+            "algorithm=ppo",
+            "loss={mismatch: sequence, kl: {coefficient: 1, reference: rollout, target: 0.001}}",
+        ],
+    ],
+    ids=["proma", "ppo"],
+)
+def test_a_run_with_a_broken_policy_goes_on(
+    workers: WorkerPool, tmp_path: Path, choices: list[str]
+) -> None:
     """Its weights are infinite and its logits NaN: it samples, scores and measures all the same."""
-    choices = ["parallel.tensor=2", "model.init_std=1e39", "trainer.steps=2"]
     root = {"name": "run", "root": str(tmp_path)}
-    config = validate_config(apply_overrides(root, [*TINY_RUN, *choices]), training=True)
+    choices = [*TINY_RUN, *choices, "model.init_std=1e39", "trainer.steps=2"]
+    config = validate_config(apply_overrides(root, choices), training=True)
     rows = rl_rows(run_in_pool(workers, config))
     assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
@@ -299,3 +314,15 @@ def test_a_run_with_a_broken_policy_goes_on(workers: WorkerPool, tmp_path: Path)
         for key in ("policy/entropy", "policy/kl_step", "loss/policy", "optimizer/grad_norm"):
             assert row[key] is None, key
         assert 0 <= row["reward/mean"] < 6
+        assert row.get("loss/kl_coefficient", 1) == 1
+
+
+def test_a_skipped_step_moves_no_coefficient() -> None:
+    loss = {"kl": {"coefficient": 1, "reference": "rollout", "target": 0.1}}
+    config = learning(SMALL, ParallelConfig(), {"algorithm": "ppo", "loss": loss})
+    references = References(config, cast(Learner, None))
+    still = {"policy/kl_step": 0.0}
+    references.adapt({**still, "optimizer/skipped": 1.0})
+    assert references.coefficient == 1
+    references.adapt({**still, "optimizer/skipped": 0.0})
+    assert references.coefficient == 0.5

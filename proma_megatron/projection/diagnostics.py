@@ -102,11 +102,10 @@ class Tally:
         self._finite.append((microbatch, finite))
 
     def not_finite(self) -> list[int]:
-        """Microbatches in which a unit of this rank was left alone; one transfer."""
-        if not self._finite:
+        """Microbatches in which a unit of this rank was left alone; one transfer where none is."""
+        if not self._finite or bool(torch.cat([finite for _, finite in self._finite]).all()):
             return []
-        whole = torch.stack([finite.all() for _, finite in self._finite]).tolist()
-        return sorted({m for (m, _), good in zip(self._finite, whole, strict=True) if not good})
+        return sorted({m for m, finite in self._finite if not bool(finite.all())})
 
     def add(
         self,
