@@ -55,7 +55,7 @@ class Peak(threading.Thread):
 def measure(job: LoadingJob, logs: Path | None) -> str | None:
     import torch.distributed as dist
 
-    from proma_megatron.checkpoint import load_policy
+    from proma_megatron.checkpoints.loading import load_policy
     from proma_megatron.policy.parameters import tensor_shapes
     from proma_megatron.topology import Topology
 

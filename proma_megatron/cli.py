@@ -258,9 +258,9 @@ def main() -> None:
             if os.environ.get("RANK", "0") == "0":
                 print(error, file=sys.stderr)
             sys.exit(EXIT_STOPPED)
-        from proma_megatron.rollout.rewards import RewardError
+        from proma_megatron.errors import RunError
 
-        if not isinstance(error, WorkerError | RewardError):
+        if not isinstance(error, WorkerError | RunError):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -329,7 +329,15 @@ class TrainerConfig(ProcessConfig):
     # To the mean of the weights of the last lag_steps steps, a copy in host memory; 0: never.
     kl_lagged_every: NonNegativeInt = 0
     lag_steps: PositiveInt = 40
-    save_every: NonNegativeInt = 0  # 0: only before RL and after the last step
+    # Steps between checkpoints; 0: only before RL and after the last step.
+    save_every: NonNegativeInt = 0
+    save_in_background: bool = True  # train on while a checkpoint is written; false: wait for it
+    keep_last: PositiveInt | None = None  # complete checkpoints that stay; null: all
+    # Those with the highest validation accuracy, which also stay; 1 or more: save each new best.
+    keep_best: NonNegativeInt = 0
+    # Stop after so many steps in a row whose gradients were not finite, with a checkpoint from
+    # before the first of them.
+    max_skipped_steps: PositiveInt = 5
     log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
 
 

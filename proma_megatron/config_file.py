@@ -7,7 +7,7 @@ and each fault becomes one sentence of a `ConfigError`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from proma_megatron.config import TRAINING, ConfigError, GradientsConfig, RunConfig, Section
 from proma_megatron.policy.hf_config import SHAPE, planned_shape
+
+ABSENT = "not there"  # what a tree says of a key that it lacks
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -135,6 +137,23 @@ def _validate[Root: Section](
 def dump_config(config: RunConfig) -> str:
     """The complete resolved configuration as YAML, readable by `load_config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys at which two trees differ, with both values; `ABSENT` where one has none."""
+    old, new = dict(_flat(there)), dict(_flat(wanted))
+    for key in dict.fromkeys((*new, *old)):
+        if old.get(key, ABSENT) != new.get(key, ABSENT):
+            yield key, old.get(key, ABSENT), new.get(key, ABSENT)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _sentence(fault: Any, root: type[Section]) -> str:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from proma_megatron.config import ConfigError
+from proma_megatron.errors import RunError
 from proma_megatron.rollout.rewards import RewardError
 
 if TYPE_CHECKING:
@@ -52,10 +54,9 @@ def fail(logs: Path | None, error: BaseException) -> NoReturn:
     Leaving in an orderly way would tear down the process group first, which can wait for peers
     that are still inside a collective.
     """
-    if logs is not None:
-        record_error(logs, error)
-    if LAUNCHED not in os.environ:  # the launcher shows the first error of all ranks
-        expected = isinstance(error, ConfigError | RewardError)
+    recorded = logs is not None and record_error(logs, error)
+    if LAUNCHED not in os.environ or not recorded:  # else the launcher shows the first of all ranks
+        expected = isinstance(error, ConfigError | RunError)
         if not expected:
             traceback.print_exception(error)
         else:
@@ -78,8 +79,11 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def record_error(logs: Path, error: BaseException) -> None:
+def record_error(logs: Path, error: BaseException) -> bool:
     """Write what stopped this rank to ``error_rank<r>.json``; what it failed of first stays.
+
+    Where the run's own folder does not take it, it goes to the system's temporary one. Whether
+    one of them took it.
 
     To be called before the rank lets go of anything: its peers fail as soon as a process group is
     torn down, and whoever writes first is taken for the one that failed first.
@@ -91,15 +95,35 @@ def record_error(logs: Path, error: BaseException) -> None:
         "kind": type(error).__name__,
         "message": str(error),
         "config": isinstance(error, ConfigError),
+        "expected": isinstance(error, RunError),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    path = logs / f"error_rank{record['rank']}.json"
-    # It appears complete or not at all: the launcher may end this rank at any moment.
+    for folder in _places(logs, os.environ.get(LAUNCHED)):
+        try:
+            _write_once(folder / f"error_rank{record['rank']}.json", json.dumps(record))
+        except OSError:
+            continue  # full or gone, which may be what the error is about
+        return True
+    return False
+
+
+def _places(logs: Path, launcher: str | None) -> list[Path]:
+    """Where ranks of this launcher leave their errors, in order of preference."""
+    if launcher is None:
+        return [logs]
+    return [logs, Path(tempfile.gettempdir()) / f"proma-errors-{launcher}"]
+
+
+def _write_once(path: Path, text: str) -> None:
+    """A file that appears complete or not at all, and is never replaced."""
+    path.parent.mkdir(exist_ok=True)
     part = path.with_suffix(f".{threading.get_ident()}.part")
-    part.write_text(json.dumps(record))
-    with contextlib.suppress(FileExistsError):
-        os.link(part, path)
-    part.unlink()
+    try:
+        part.write_text(text)
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------- in the launcher
@@ -107,8 +131,8 @@ def record_error(logs: Path, error: BaseException) -> None:
 
 def forget_earlier(logs: Path) -> None:
     """Remove what ranks of an earlier attempt left: errors, stacks, and why they stopped."""
-    stale = (*logs.glob("error_rank*"), *stacks_folder(logs).glob("*"), logs / STOPPED)
-    for path in stale:
+    stale = (*_recorded(logs), *logs.glob("error_rank*"), *stacks_folder(logs).glob("*"))
+    for path in (*stale, logs / STOPPED):
         path.unlink(missing_ok=True)
 
 
@@ -122,7 +146,7 @@ def first_error(logs: Path, failure: ChildFailedError, ended: Collection[int] = 
     Args:
         ended: ranks that were still there when the launcher began to end them.
     """
-    records = [json.loads(path.read_text()) for path in logs.glob("error_rank*.json")]
+    records = [json.loads(path.read_text()) for path in _recorded(logs)]
     known = {record["rank"] for record in records} | set(ended)
     for rank, found in failure.failures.items():
         if rank not in known:  # it left without a word, and before those that it left alone
@@ -135,9 +159,19 @@ def first_error(logs: Path, failure: ChildFailedError, ended: Collection[int] = 
         return ConfigError(first["message"])
     if first["kind"] == "RewardError":
         return RewardError(f"{first['message']} (traceback in {logs})")
+    if first["expected"]:
+        return RunError(first["message"])
     if first["kind"] == "HangError":
         return HangError(first["message"])
     return WorkerError(f"rank {first['rank']} failed:\n{first['traceback']}")
+
+
+def _recorded(logs: Path) -> list[Path]:
+    return [
+        path
+        for folder in _places(logs, str(os.getpid()))
+        for path in folder.glob("error_rank*.json")
+    ]
 
 
 def _ending(code: int) -> str:

@@ -7,8 +7,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from proma_megatron.config import ConfigError, RunConfig, check_data_files, check_model_files
-from proma_megatron.config_file import dump_config
+import yaml
+
+from proma_megatron.checkpoints.compatibility import check_model, check_optimizer
+from proma_megatron.checkpoints.folder import is_warm_start, read_marker
+from proma_megatron.checkpoints.integrity import check_sizes
+from proma_megatron.config import RunConfig, check_data_files, check_model_files
+from proma_megatron.config_file import differences, dump_config, read_tree
 from proma_megatron.export.files import keep_companions
 from proma_megatron.failure import StoppedError, WorkerError, end, forget_earlier
 from proma_megatron.jobs import say
@@ -25,6 +30,7 @@ from proma_megatron.run_dir import RunDir, prepare_run_dir
 from proma_megatron.slurm import adopt_slurm
 from proma_megatron.startup import defer_compilation
 from proma_megatron.stopping import EXIT_STOPPED, RunStopped, StopSignals, clock_starts
+from proma_megatron.storage import write_synced
 from proma_megatron.workers import start_workers
 
 
@@ -68,11 +74,6 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
 
     In this order: a run that can't start must not remove the one that the directory holds.
     """
-    if resume and config.optimizer.distributed:
-        raise ConfigError(
-            "optimizer.distributed is true with --resume, which Megatron-Core 0.19 can't load "
-            "with torch's Adam; resume needs a run with optimizer.distributed=false"
-        )
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "tokenizer.model"
         if resume and RunDir(config.run_dir).tokenizer.is_file():
@@ -81,12 +82,32 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
         run_dir = prepare_run_dir(config.run_dir, resume, overwrite)
         if trained.is_file() and trained != run_dir.tokenizer:
             shutil.copyfile(trained, run_dir.tokenizer)
-    if not resume:
+    if resume:
+        notes += _going_on(config, run_dir)
+    else:
         keep_companions(config, run_dir)
-    run_dir.config.write_text(dump_config(config))
+    write_synced(run_dir.config, dump_config(config))
     for text in notes:
         print(f"{config.name}: {text}", flush=True)
     return run_dir
+
+
+def _going_on(config: RunConfig, run_dir: RunDir) -> list[str]:
+    """Check the checkpoint as far as that takes no time; what has changed since, for the user."""
+    newest, first = run_dir.latest_checkpoint(), run_dir.checkpoint(0)
+    assert newest is not None, "prepare_run_dir refuses to resume without one"
+    for path in (newest,) if is_warm_start(newest) else (newest, first):
+        marker = read_marker(path)
+        check_model(path, marker, config.model, config.model.vocab_size)
+        check_optimizer(path, marker, config.model, config.optimizer)
+        check_sizes(path, marker)
+    if not run_dir.config.is_file():
+        return []
+    wanted = yaml.safe_load(dump_config(config))
+    return [
+        f"goes on with {key}={new}, which was {old}"
+        for key, old, new in differences(read_tree(run_dir.config), wanted)
+    ]
 
 
 def check_run(config: RunConfig) -> None:

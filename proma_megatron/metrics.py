@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from proma_megatron.run_dir import RunDir
+from proma_megatron.storage import StorageError, written
 
 if TYPE_CHECKING:  # both take seconds to import, and reading metrics needs neither
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -21,13 +23,19 @@ if TYPE_CHECKING:  # both take seconds to import, and reading metrics needs neit
 class MetricsWriter:
     """Appends the reports of a run, of one process only.
 
-    A resumed run writes again the steps after its checkpoint; readers take the last row of a step.
+    A run that goes on from a checkpoint rewinds the files to it first, so that each step is there
+    once.
+
+    Raises:
+        StorageError: from every method, where the disk does not take a row or the files are gone.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
         self._tensorboard_folder = run_dir.tensorboard
-        self._metrics = _open_for_append(run_dir.metrics)
-        self._samples = _open_for_append(run_dir.samples)
+        self._paths = (run_dir.metrics, run_dir.samples)
+        with self._on_disk():
+            self._metrics = _open_for_append(run_dir.metrics)
+            self._samples = _open_for_append(run_dir.samples)
         self._events: dict[str, SummaryWriter] = {}
 
     def write(self, report: StepReport, phase: str) -> None:
@@ -38,26 +46,69 @@ class MetricsWriter:
         """
         place = {"step": report.step, "phase": phase}
         metrics = {key: float(value) for key, value in report.metrics.items()}  # NumPy's too
-        _append_line(self._metrics, {**place, **metrics})
-        for sample in report.samples:
-            _append_line(self._samples, {**place, **sample})
-        events = self._events_of(phase, report.step)
-        for key, value in metrics.items():
-            if math.isfinite(value):  # TensorBoard logs a warning for each one that is not
-                events.add_scalar(key, value, report.step)
+        self._check_there()
+        with self._on_disk():
+            _append_line(self._metrics, {**place, **metrics})
+            for sample in report.samples:
+                _append_line(self._samples, {**place, **sample})
+            events = self._events_of(phase, report.step)
+            for key, value in metrics.items():
+                if math.isfinite(value):  # TensorBoard logs a warning for each one that is not
+                    events.add_scalar(key, value, report.step)
+
+    def written(self) -> dict[str, int]:
+        """Bytes of each file, by its name."""
+        return {path.name: os.fstat(file.fileno()).st_size for path, file in self._files()}
+
+    def sync(self) -> None:
+        """Let what was written reach the disk."""
+        with self._on_disk():
+            for _, file in self._files():
+                os.fsync(file.fileno())
+
+    def _files(self) -> Iterator[tuple[Path, TextIO]]:
+        return zip(self._paths, (self._metrics, self._samples), strict=True)
+
+    def rewind(self, written: Mapping[str, int]) -> list[str]:
+        """Cut the files to what `written` once said; what is missing of that, for the user."""
+        missing = []
+        with self._on_disk():
+            for path, file in self._files():
+                size = os.fstat(file.fileno()).st_size
+                wanted = written.get(path.name, size)
+                if size < wanted:
+                    missing.append(
+                        f"{path} has {size:,} bytes, {wanted:,} when the checkpoint was saved: "
+                        "steps before it are missing there"
+                    )
+                file.truncate(min(size, wanted))
+        return missing
 
     def close(self) -> None:
-        """Flush and close every file; `write` may not be called afterwards."""
-        self._metrics.close()
-        self._samples.close()
-        for events in self._events.values():
-            events.close()
+        """Flush and close every file; `write` may not be called afterwards.
+
+        What the disk refuses now is nothing that a checkpoint counts on.
+        """
+        for file in (self._metrics, self._samples, *self._events.values()):
+            with suppress(OSError):
+                file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_there(self) -> None:
+        for path in self._paths:
+            if not path.exists():  # a row written to a removed file would be lost unnoticed
+                raise StorageError(
+                    f"{path} is gone, expected the file that the run writes to; bring its "
+                    "directory back, then --resume goes on from the newest checkpoint"
+                )
+
+    def _on_disk(self) -> AbstractContextManager[None]:
+        return written(self._paths[0])
 
     def _events_of(self, phase: str, step: int) -> SummaryWriter:
         if phase not in self._events:
@@ -152,8 +203,11 @@ def _open_for_append(path: Path) -> TextIO:
     """Open a JSONL file at its end, after a line break and without a half-written last line."""
     content = path.read_bytes() if path.exists() else b""
     complete, tail = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-    if tail:
-        path.write_bytes(content + b"\n" if _parse_row(tail) is not None else complete)
+    if tail and _parse_row(tail) is not None:
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif tail:
+        os.truncate(path, len(complete))
     # A lone surrogate of a sampled text has no UTF-8; backslashreplace makes it a JSON escape.
     return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 

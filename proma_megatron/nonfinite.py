@@ -18,12 +18,18 @@ import torch
 
 from proma_megatron.batching.batch_file import write_batch
 from proma_megatron.batching.packing import loss_tokens, pack
+from proma_megatron.errors import RunError
 from proma_megatron.output import complete_or_absent
 from proma_megatron.policy.losses.options import LossOptions
 from proma_megatron.policy.model import Policy
 from proma_megatron.policy.schedule import Sums, forward_backward
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.records import Microbatch, TrainingSequence
+
+
+class NonFiniteError(RunError):
+    """Too many steps in a row made no update, because it was not finite."""
+
 
 What = Literal["loss", "gradient", "projection"]
 Chain = tuple[tuple[TrainingSequence, ...], ...]  # sequences by microbatch

@@ -142,10 +142,13 @@ class Divergences:
         if self.config.kl_lagged_every:
             self.lagged = RunningMean(learner.policy, self.config.lag_steps)
 
-    def to_lagged(self, step: int, batch: Batch) -> dict[str, float]:
+    def to_lagged(self, step: int, batch: Batch, joined: bool = False) -> dict[str, float]:
         """Before training: KL to the policies of earlier steps, which the current one then joins.
 
         The first step has no earlier policy: its own, the initial one, stands in for it.
+
+        Args:
+            joined: whether the current weights have joined before, as no update was made since.
         """
         if self.lagged is None:
             return {}
@@ -157,7 +160,7 @@ class Divergences:
         if due(step, self.config.kl_lagged_every, self.config.steps):
             with self.lagged.in_place():
                 found["policy/kl_lagged"] = self.learner.divergence(_flat(batch))
-        if step > 1:
+        if step > 1 and not joined:
             self.lagged.add()
         return found
 

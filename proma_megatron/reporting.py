@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from proma_megatron.display import Display
@@ -17,6 +18,12 @@ class Reporter(Protocol):
 
     def message(self, text: str) -> None: ...
 
+    def written(self) -> dict[str, int]: ...
+
+    def sync(self) -> None: ...
+
+    def rewind(self, written: Mapping[str, int]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -30,6 +37,15 @@ class Silent:
         pass
 
     def message(self, text: str) -> None:
+        pass
+
+    def written(self) -> dict[str, int]:
+        return {}
+
+    def sync(self) -> None:
+        pass
+
+    def rewind(self, written: Mapping[str, int]) -> None:
         pass
 
     def close(self) -> None:
@@ -52,6 +68,19 @@ class Live:
 
     def message(self, text: str) -> None:
         self._display.message(text)
+
+    def written(self) -> dict[str, int]:
+        """Bytes of each file that grows step by step."""
+        return self._writer.written()
+
+    def sync(self) -> None:
+        """Let those files reach the disk."""
+        self._writer.sync()
+
+    def rewind(self, written: Mapping[str, int]) -> None:
+        """Forget what was reported after that."""
+        for lost in self._writer.rewind(written):
+            self._display.message(lost)
 
     def close(self) -> None:
         self._display.stop()

@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import proma_megatron
+from proma_megatron.checkpoints.folder import name_of, newest
 from proma_megatron.config import ConfigError
-
-MARKER = "complete.json"  # written into a checkpoint last, when all ranks have finished
 
 _PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
 
@@ -106,16 +105,12 @@ class RunDir:
         return self.path / f"unscored_step_{step:06d}.jsonl"
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step_{step:06d}"
-
-    def lagged_of(self, checkpoint: Path) -> Path:
-        """The mean of the latest policies' weights at this checkpoint, if the run keeps one."""
-        return self.checkpoints / checkpoint.name.replace("step_", "lagged_")
+        """The policy after so many RL steps."""
+        return self.checkpoints / name_of("rl", step)
 
     def latest_checkpoint(self) -> Path | None:
-        """The complete checkpoint with the largest step, if there is one."""
-        complete = sorted(path.parent for path in self.checkpoints.glob(f"step_*/{MARKER}"))
-        return complete[-1] if complete else None
+        """The complete checkpoint that the run reached last, if there is one."""
+        return newest(self.checkpoints)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -136,9 +131,30 @@ def resumes(path: Path) -> bool:
     """Whether ``--resume-or-start`` finds a run to go on with; what else is there is overwritten.
 
     Under torchrun and srun every rank may ask: before all of them are there, no checkpoint appears.
+
+    Raises:
+        ConfigError: the run has trained, but its checkpoints are gone.
+        StorageError: its checkpoints can't be listed.
     """
     run_dir = RunDir(path)
-    return run_dir.holds_run and run_dir.latest_checkpoint() is not None
+    if not run_dir.holds_run:
+        return False
+    if run_dir.latest_checkpoint() is not None:
+        return True
+    if _has_trained(run_dir.metrics):
+        # Before its first step a run saves: what can't be found now was there.
+        raise ConfigError(
+            f"{path} has reported RL steps but holds no complete checkpoint, which is no reason to "
+            "overwrite it; bring its checkpoints back, or start again with --overwrite"
+        )
+    return False
+
+
+def _has_trained(metrics: Path) -> bool:
+    if not metrics.is_file():
+        return False
+    rows = metrics.read_text(errors="replace").splitlines()
+    return any('"phase": "rl"' in row and not row.startswith('{"step": 0,') for row in rows)
 
 
 def prepare_run_dir(path: Path, resume: bool, overwrite: bool) -> RunDir:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from proma_megatron.checkpoints.folder import MARKER
 from proma_megatron.config import ComputeConfig, ConfigError, RunConfig
 from proma_megatron.config_file import apply_overrides, read_tree, validate_config
 from proma_megatron.policy.hf_config import CONFIG, read_json
-from proma_megatron.run_dir import MARKER, RunDir
+from proma_megatron.run_dir import RunDir
 
 # How a Hugging Face model is evaluated where nothing else is said: room for a whole solution.
 BARE: dict[str, Any] = {

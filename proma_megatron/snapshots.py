@@ -42,16 +42,20 @@ class RunningMean:
         self.count = min(self.count + 1, self.steps)
         current = _copies(self.policy)
         if not self._mean:
-            self._mean = [w if w.dtype == torch.float64 else w.float() for w in current]
+            self._mean = _precise(current)
             return
         for mean, weight in zip(self._mean, current, strict=True):
             mean += (weight.to(mean.dtype) - mean) / self.count
 
-    def restore(self, count: int) -> None:
-        """Take the policy's current weights for the mean of ``count`` weights."""
-        self._mean = []
-        self.add()
-        self.count = count
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The mean, a tensor for each of the policy's shards; empty before the first `add`."""
+        return self._mean
+
+    def allocate(self) -> list[torch.Tensor]:
+        """Room for a mean that is read from a checkpoint, as `weights`."""
+        self._mean = [torch.zeros_like(w) for w in _precise(_copies(self.policy))]
+        return self._mean
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -62,6 +66,10 @@ class RunningMean:
 
 def _copies(policy: Policy) -> list[torch.Tensor]:
     return [shard.parameter.detach().to("cpu", copy=True) for shard in policy.shards]
+
+
+def _precise(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [w if w.dtype == torch.float64 else w.float() for w in weights]
 
 
 @contextmanager

@@ -96,7 +96,8 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: one that was not set from Python, which can't be set from it either.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
     @staticmethod
@@ -147,6 +148,7 @@ class Stops:
         self._longest_step = self._longest_save = 0.0
         self._step_began: float | None = None
         self._agreed: str | None = None
+        self._was_late = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -158,12 +160,9 @@ class Stops:
             self._step_began = None
         self._longest_step = max(self._longest_step, self._clock() - began)
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Around a save, to learn how long they take; around a load, where none was saved yet."""
-        began = self._clock()
-        yield
-        self._longest_save = max(self._longest_save, self._clock() - began)
+    def note_save(self, seconds: float) -> None:
+        """Learn how long a save takes, to its marker."""
+        self._longest_save = max(self._longest_save, seconds)
 
     def time_left(self) -> float:
         """Seconds to the limit by this rank's clock; infinite without one, negative after it."""
@@ -198,6 +197,10 @@ class Stops:
         return _TIME_LIMIT if self._topology.is_main and self._late() else 0
 
     def _late(self) -> bool:
+        self._was_late = self._was_late or self._is_late()
+        return self._was_late  # a clock that is read again must not take it back
+
+    def _is_late(self) -> bool:
         # Of a step that has begun, what is left of the longest; of the next one, all of it.
         spent = 0.0 if self._step_began is None else self._clock() - self._step_began
         return max(0.0, self._longest_step - spent) + self._longest_save > self.time_left()

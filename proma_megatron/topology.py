@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from proma_megatron import cpu
 from proma_megatron.config import ParallelConfig
 from proma_megatron.placement import check_world_size
+from proma_megatron.storage import StorageError
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,14 @@ class Topology:
         dist.all_gather_object(gathered, value, group=self.data.group)
         return gathered
 
+    def gather_over_all(self, value: Any) -> list[Any]:
+        """One picklable object from every rank, by rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def gather_over_stages(self, value: Any) -> list[Any]:
         """One picklable object from every pipeline stage of this replica, on every rank."""
         if self.pipeline.size == 1:
@@ -114,6 +123,21 @@ class Topology:
         box = torch.tensor([value], device=self.device)
         dist.all_reduce(box, dist.ReduceOp.MIN, group=None if axis is None else axis.group)
         return int(box)
+
+    def agree(self, action: Callable[[], None]) -> None:
+        """Do something on every rank, and fail on all of them if the disk failed on one.
+
+        Raises:
+            StorageError: that of the lowest rank that had one.
+        """
+        problem = None
+        try:
+            action()
+        except StorageError as error:
+            problem = str(error)
+        first = next((text for text in self.gather_over_all(problem) if text is not None), None)
+        if first is not None:
+            raise StorageError(first)
 
     def barrier(self) -> None:
         dist.barrier()

@@ -1,55 +1,57 @@
-"""The run: a supervised warm start, then RL steps. `Trainer.step` is one RL step, top to bottom."""
+"""The run: a supervised warm start, then RL steps. `Trainer.step` is one RL step, top to bottom.
+
+Between two steps the run has a `Position`, from which it can go on bit by bit as if nothing had
+happened. What a stop, a failure or a crash interrupts is dropped and done again; a step whose
+weights are updated already only lacks its validation, and the position says so.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from proma_megatron.algorithms import normalizes_std
 from proma_megatron.batching.advantages.estimate import advantages
-from proma_megatron.batching.selection import choose, informative
-from proma_megatron.checkpoint import load_checkpoint, load_pretrained, save_checkpoint
+from proma_megatron.checkpoints.folder import is_warm_start
+from proma_megatron.checkpoints.loading import load_pretrained
+from proma_megatron.checkpoints.random_state import seed_generators
+from proma_megatron.collector import Collector
 from proma_megatron.config import RunConfig
 from proma_megatron.evaluation.evaluate import evaluate
+from proma_megatron.keeper import Keeper, Position
 from proma_megatron.learner import Learner
 from proma_megatron.metrics import Stopwatch, write_rows
+from proma_megatron.nonfinite import NonFiniteError, dump
 from proma_megatron.output import complete_or_absent
 from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.records import (
-    Prompt,
-    Rollout,
-    RolloutGroup,
-    StepReport,
-    TrainingSequence,
-)
+from proma_megatron.records import RolloutGroup, StepReport, TrainingSequence
 from proma_megatron.references import Batch, Divergences, References, due
 from proma_megatron.reporting import Reporter
-from proma_megatron.rollout.collect import (
-    describe,
-    group,
-    sample_rollouts,
-    samples_of,
-    score_rollouts,
-    share,
-)
+from proma_megatron.rollout.collect import samples_of
 from proma_megatron.rollout.demonstrations import Demonstrations
-from proma_megatron.rollout.generator import SamplingOptions
 from proma_megatron.rollout.rewards import RewardError
 from proma_megatron.rollout.scoring import Scorer
 from proma_megatron.rollout.source import Data
-from proma_megatron.run_dir import MARKER, RunDir
+from proma_megatron.run_dir import RunDir
 from proma_megatron.snapshots import WeightSnapshot
-from proma_megatron.stopping import Stops, StopSignals
+from proma_megatron.stopping import RunStopped, Stops, StopSignals
+from proma_megatron.storage import written
 from proma_megatron.topology import Topology
 from proma_megatron.watchdog import Phases
 
 
 class Trainer:
-    """One run on this rank. Every rank of the layout builds one and calls `run`."""
+    """One run on this rank. Every rank of the layout builds one and calls `run`.
+
+    Args:
+        phases: told of what the run is at; None: nobody watches.
+        stops: whether to stop early; None: never.
+    """
 
     def __init__(
         self,
@@ -61,9 +63,12 @@ class Trainer:
         phases: Phases | None = None,
         stops: Stops | None = None,
     ) -> None:
+        self.phases = phases or Phases()
+        self.stops = stops or Stops(topology, StopSignals(), None, 0.0)
         self.config, self.data, self.topology = config, data, topology
         self.run_dir, self.reporter = run_dir, reporter
         self.scorer = Scorer(config.reward, config.rollout.max_new_tokens)
+        seed_generators(config.seed, topology.rank)
         self.policy = build_policy(
             config.model,
             config.model.vocab_size or data.tokenizer.vocab_size,
@@ -76,19 +81,19 @@ class Trainer:
         self.learner = Learner(config, self.policy, self.accumulator)
         self.references = References(config, self.learner)
         self.divergences = Divergences(config, self.learner, self.references.needs_step)
-        self.optimizer: Optimizer | None = None  # built once RL's first weights are there
-        self.phases = phases or Phases()
-        self.stops = stops or Stops(topology, StopSignals(), None, 0.0)
+        self.optimizer: Optimizer | None = None  # built once the weights are there
+        self.keeper = Keeper(config, self.policy, run_dir, reporter, self.divergences.lagged)
+        self.demonstrations = Demonstrations(
+            data.supervised, data.tokenizer, config.warm_start.guesses, config.seed
+        )
         self.stopwatch = Stopwatch(watch=self.phases.phase)
-        self.done = 0  # RL steps that the weights have seen
-        self.prompts_seen = data.train.state()  # the stream's position after those
-        rollout = config.rollout
-        self.sampling = SamplingOptions(
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            max_new_tokens=rollout.max_new_tokens,
-            batch_size=rollout.batch_size,
+        self.skipped = 0  # steps in a row without any update
+        self.joined = False  # whether the weights are in the lagged mean already
+        self.here = Position()  # after the last step
+        self.sound = self.here  # after the last step with an update
+        self.best = -1.0  # validation accuracy so far
+        self.collector = Collector(
+            config, self.policy, data, self.scorer, run_dir, self.stopwatch, self.stops
         )
 
     def _build_accumulator(self) -> Accumulator | None:
@@ -108,64 +113,113 @@ class Trainer:
         """Warm start and RL to the end, or from the newest checkpoint.
 
         Raises:
-            RewardError: the reward function failed; the policy and the rollouts are saved first.
+            RunStopped: it was asked to stop early, and has saved where it stands.
+            RewardError: the reward function failed; all but the step in progress is saved, and the
+                rollouts of that one are written down.
+            NonFiniteError: too many steps in a row had no finite gradient; what was there before
+                them is saved.
+            StorageError: the disk does not take what the run has to keep.
         """
-        if resume:
-            self._resume()
-        else:
-            if self.config.model.path is not None:
-                load_pretrained(self.config, self.policy)
-                self.reporter.message(f"loaded the weights of {self.config.model.path}")
-            self._warm_start()
-            self.optimizer = self._build_optimizer()
-            self._save()
-        if self.divergences.initial is None:
-            self.divergences.initial = WeightSnapshot(self.policy)
-        total, every = self.config.trainer.steps, self.config.trainer.save_every
-        if not total:
-            return  # only the policy that RL would start from was asked for
-        self.reporter.start("rl", total, completed=self.done)
-        self.phases.step = self.done
+        with self._kept():
+            newest = self.keeper.newest() if resume else None
+            if newest is None or is_warm_start(newest):
+                self._begin(newest)
+                self._warm_start()
+                self._begin_rl()
+            else:
+                self._resume(newest)
+            if self.divergences.initial is None:
+                self.divergences.initial = WeightSnapshot(self.policy)
+            if self.config.trainer.steps:  # else only the policy that RL would start from is wanted
+                self._reinforce()
+            self._finish_save()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Whatever ends the run early, where it stands is saved first."""
         try:
-            if self.done == 0:
-                with self.phases.phase("validation"):
-                    metrics = self.validate(0)
-                self.reporter.write(StepReport(0, metrics), "rl")
-            for step in range(self.done + 1, total + 1):
-                self.reporter.write(self.step(step), "rl")
-                if step == total or (every and step % every == 0):
-                    self._save()
-        except RewardError:
-            self._save()
+            yield
+        except (_Stopping, RewardError) as end:
+            path = self._save(self.here)
+            self._finish_save()
+            # A signal to a whole job ends the scoring processes, too.
+            reason = self.stops.agreed()
+            if reason is None:
+                raise
+            step = self.here.step if self.here.phase == "rl" else 0
+            raise RunStopped(reason, step, path) from end
+        except NonFiniteError:
+            self._finish_save()
             raise
 
-    def step(self, step: int) -> StepReport:
-        """One RL step: its metrics, and a few of its rollouts."""
+    def _reinforce(self) -> None:
+        """RL steps from here to the last."""
+        total = self.config.trainer.steps
+        self.reporter.start("rl", total, completed=self.here.step)
+        self.phases.step = self.here.step
+        if self.here.pending is not None:
+            self._conclude(StepReport(**self.here.pending))
+        elif self.here.step == 0:
+            with self.stopwatch.phase("validation"):
+                metrics = self.validate(0)
+            self.stopwatch.seconds()
+            self.reporter.write(StepReport(0, metrics), "rl")
+        for step in range(self.here.step + 1, total + 1):
+            self._look_up()
+            with self.stops.step():
+                self.step(step)
+
+    def step(self, step: int) -> None:
+        """One RL step, its report, and the checkpoint if one is due."""
         self.phases.step = step
         with self.stopwatch.phase("step"):
-            groups, metrics = self._collect(step)
+            groups, metrics = self.collector.collect(step, self._look_up)
             batch = [_sequences(found) for found in groups]
             if self.references.needed:
                 with self.stopwatch.phase("reference"):
                     batch, found = self.references.attach(batch, self._initial)
                     metrics |= found
             batch = self._judge(groups, batch)
+            self._look_up()  # from here on there is no way back
             if self.divergences.lagged is not None:
                 with self.stopwatch.phase("kl_lagged"):
-                    metrics |= self.divergences.to_lagged(step, batch)
+                    metrics |= self.divergences.to_lagged(step, batch, joined=self.joined)
+                    self.joined = True
             with self.stopwatch.phase("train"):
-                metrics |= self._train(batch)
-            self.done, self.prompts_seen = step, self.data.train.state()
+                metrics |= self._train(step, batch)
             if self.divergences.looks_back(step):
                 with self.stopwatch.phase("kl"):
                     metrics |= self.divergences.after_step(step, batch)
-            self.references.adapt(metrics)
-            if due(step, self.config.trainer.eval_every, self.config.trainer.steps):
-                with self.stopwatch.phase("validation"):
-                    metrics |= self._validate_after(step, metrics, groups)
+            if not self.skipped:
+                self.references.adapt(metrics)
         metrics |= self.stopwatch.seconds()
-        metrics["tokens/second"] = metrics["tokens/trained"] / metrics["seconds/step"]
-        return StepReport(step, metrics, samples_of(groups, self.config.trainer.log_samples))
+        samples = samples_of(groups, self.config.trainer.log_samples)
+        self._conclude(StepReport(step, metrics, samples))
+
+    def _conclude(self, report: StepReport) -> None:
+        """Validate if it is due, report the step, save if that is due."""
+        step, trainer, metrics = report.step, self.config.trainer, dict(report.metrics)
+        score = None
+        if due(step, trainer.eval_every, trainer.steps):
+            self.here = self._position("rl", step, pending=report)
+            with self.stopwatch.phase("step"), self.stopwatch.phase("validation"):
+                found = self.validate(step)
+            metrics |= found
+            score = found["validation/accuracy"]
+        for name, seconds in self.stopwatch.seconds().items():
+            metrics[name] = metrics.get(name, 0.0) + seconds
+        whole = metrics["seconds/step"]
+        metrics["tokens/second"] = metrics["tokens/trained"] / whole
+        if "seconds/save" in metrics:  # what saves since the last row have cost
+            metrics["save/share"] = metrics["seconds/save"] / (whole + metrics["seconds/save"])
+        self.reporter.write(StepReport(step, metrics, report.samples), "rl")
+        self.here = self._position("rl", step)
+        self._stop_at_trouble()
+        better = trainer.keep_best > 0 and score is not None and score > self.best
+        self.best = max(self.best, -1.0 if score is None else score)
+        regular = trainer.save_every > 0 and step % trainer.save_every == 0 and not self.skipped
+        if better or regular or step == trainer.steps:
+            self._save(self.here, score)
 
     @property
     def _initial(self) -> WeightSnapshot:
@@ -176,70 +230,7 @@ class Trainer:
         """End the scoring processes."""
         self.scorer.close()
 
-    # ------------------------------------------------------------------ rollouts
-
-    def _collect(self, step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
-        """Scored groups of the step, as many as it has prompts, and what they were like.
-
-        With ``rollout.resampling_rounds`` groups whose rewards are all equal, which teach nothing,
-        are replaced by those of further prompts while rounds last; the metrics are of everything
-        that was sampled.
-        """
-        wanted, sampled, found = self.config.rollout.prompts_per_step, [], 0
-        for taken in range(1 + self.config.rollout.resampling_rounds):
-            prompts = self.data.train.take(wanted)
-            with self.stopwatch.phase("rollout"):
-                rollouts = self._generate(prompts, step, first=taken * wanted)
-            with self.stopwatch.phase("score"):
-                sampled += self._score(rollouts, step)
-            found = len(informative(sampled))
-            if found >= wanted:
-                break
-        metrics = describe(sampled)
-        if self.config.rollout.resampling_rounds:
-            metrics["rollout/rounds"] = len(sampled) / wanted
-            metrics["rollout/informative"] = min(found, wanted) / wanted
-        return choose(sampled, wanted), metrics
-
-    def _generate(self, prompts: Sequence[Prompt], step: int, first: int) -> list[Rollout]:
-        """Rollouts of this replica's share of the prompts."""
-        return sample_rollouts(
-            self.policy,
-            self.data.tokenizer,
-            share(prompts, self.topology),
-            self.config.rollout.samples_per_prompt,
-            self.sampling,
-            seed=self.config.seed,
-            step=step,
-            first=first,
-        )
-
-    def _score(self, rollouts: list[Rollout], step: int) -> list[RolloutGroup]:
-        """Scored groups of all replicas, in the order of the prompts, on every rank."""
-        try:
-            scored = score_rollouts(self.topology, rollouts, self.scorer)
-        except RewardError:
-            self._keep_unscored(rollouts, step)
-            raise
-        groups = group(scored, self.config.rollout.samples_per_prompt)
-        shares = self.topology.gather_over_data(groups)
-        return [found for place in zip(*shares, strict=True) for found in place]
-
-    def _keep_unscored(self, rollouts: list[Rollout], step: int) -> None:
-        """Write the rollouts that a failed reward function would lose."""
-        everything = [r for part in self.topology.gather_over_data(rollouts) for r in part]
-        if self.topology.is_main:
-            rows = (
-                {
-                    "problem": rollout.prompt.problem.id,
-                    "sample": rollout.sample,
-                    "prompt": rollout.prompt.text,
-                    "completion": rollout.text,
-                    "answer": rollout.prompt.problem.answer,
-                }
-                for rollout in everything
-            )
-            write_rows(self.run_dir.unscored(step), rows)
+    # ------------------------------------------------------------------ validation
 
     def validate(self, step: int) -> dict[str, float]:
         """Accuracy and its kin on the validation split; every completion goes to the disk."""
@@ -250,22 +241,14 @@ class Trainer:
             self.config,
             self.scorer,
             step=step,
+            look_up=self._look_up,
+            interrupt=self.stops.agreed_within_replica,
         )
         if self.topology.is_main:
-            with complete_or_absent(self.run_dir.evaluation(step)) as part:
+            path = self.run_dir.evaluation(step)
+            with written(path), complete_or_absent(path) as part:
                 write_rows(part, found.rows())
         return {f"validation/{name}": value for name, value in found.metrics().items()}
-
-    def _validate_after(
-        self, step: int, metrics: dict[str, float], groups: Sequence[RolloutGroup]
-    ) -> dict[str, float]:
-        """Validation of the updated policy; if its rewards fail, the step's record is kept."""
-        try:
-            return self.validate(step)
-        except RewardError:
-            samples = samples_of(groups, self.config.trainer.log_samples)
-            self.reporter.write(StepReport(step, metrics, samples), "rl")
-            raise
 
     # ------------------------------------------------------------------ training
 
@@ -282,22 +265,117 @@ class Trainer:
             for found, of_group in zip(batch, values, strict=True)
         ]
 
-    def _train(self, batch: Batch) -> dict[str, float]:
+    def _train(self, step: int, batch: Batch) -> dict[str, float]:
         assert self.optimizer is not None
         metrics = self.learner.update(batch, self.optimizer, self.references.in_loss)
+        self._count_skipped("rl", step, metrics, self.config.batching.minibatches)
         removes = self.accumulator is not None and not self.config.projection.acts_alone
-        if removes and "projection/removed_energy" not in metrics:
+        looked = removes and not metrics["optimizer/skipped"]
+        if looked and "projection/removed_energy" not in metrics:
             self.reporter.message(
                 "nothing was projected: each replica's minibatch fits into one microbatch; "
                 "lower batching.tokens_per_microbatch"
             )
         return metrics
 
+    def _begin(self, newest: Path | None) -> None:
+        """The policy and the optimizer of the warm start, from its beginning or a checkpoint."""
+        with self.phases.phase("setup"):
+            if newest is None and self.config.model.path is not None:
+                load_pretrained(self.config, self.policy)
+                self.reporter.message(f"loaded the weights of {self.config.model.path}")
+            if self.config.warm_start.steps:
+                self.optimizer = self._build_warm_optimizer()
+            if newest is None:
+                self.here = self.sound = self._position("warm_start", 0)
+            else:
+                self._take_up(self.keeper.load(newest, self.optimizer))
+                self.demonstrations.restore(self.here.demonstrations)
+
+    def _begin_rl(self) -> None:
+        """The optimizer of RL, and the checkpoint that divergences are measured to."""
+        self.optimizer, self.skipped = None, 0  # the warm start's goes before its successor comes
+        self.optimizer = self._build_optimizer()
+        self.here = self.sound = self._position("rl", 0)
+        self._save(self.here)
+
     def _warm_start(self) -> None:
         """Supervised steps on worked answers, with an optimizer of their own."""
-        warm = self.config.warm_start
+        warm, every = self.config.warm_start, self.config.trainer.save_every
         if not warm.steps:
             return
+        optimizer = self.optimizer
+        assert optimizer is not None, "_begin builds it"
+        done = self.here.step
+        self.reporter.start("warm_start", warm.steps, completed=done)
+        for step in range(done + 1, warm.steps + 1):
+            self._look_up()
+            started, self.phases.step = time.perf_counter(), step
+            with self.stops.step(), self.stopwatch.phase("warm_start"):
+                sequences = self.demonstrations.take(warm.sequences_per_step)
+                metrics = self.learner.supervise(sequences, optimizer)
+            self.stopwatch.seconds()
+            metrics["seconds/step"] = time.perf_counter() - started
+            self._count_skipped("warm_start", step, metrics)
+            self.reporter.write(StepReport(step, metrics), "warm_start")
+            self.here = self._position("warm_start", step)
+            self._stop_at_trouble()
+            if every and step % every == 0 and step < warm.steps:
+                self._save(self.here)
+
+    # ------------------------------------------------------------------ stopping
+
+    def _look_up(self) -> None:
+        """Where all ranks are in step and nothing would be lost: is the run to stop?"""
+        if self.keeper.saving:
+            with self.stopwatch.phase("save"):
+                self.keeper.poll()
+        self.stops.note_save(self.keeper.longest_save)
+        if self.stops.agreed() is not None:
+            raise _Stopping
+
+    def _count_skipped(
+        self, phase: str, step: int, metrics: Mapping[str, float], updates: int = 1
+    ) -> None:
+        """Count steps without any update, and write down what was to blame for a skipped one."""
+        none = metrics["optimizer/skipped"] >= updates
+        self.skipped = self.skipped + 1 if none else 0
+        self.joined = self.joined and none
+        for offence in self.learner.offences:
+            path = self.run_dir.nonfinite(
+                step, offence.minibatch, offence.replica, offence.microbatch, phase
+            )
+            if self.topology.is_main:
+                with written(path):
+                    dump(offence, path)
+            self.reporter.message(
+                f"skipped an update of step {step}: the {offence.what} of a microbatch is not "
+                f"finite; it is in {path}"
+            )
+
+    def _stop_at_trouble(self) -> None:
+        """After a step: remember where all was well, and give up when it has not been for long.
+
+        Raises:
+            NonFiniteError: the position before the trouble is saved.
+        """
+        if not self.skipped:
+            self.sound = self.here
+        elif self.skipped >= self.config.trainer.max_skipped_steps:
+            # No update since: the weights are those of then. But they have joined the mean.
+            path = self._save(replace(self.sound, joined=self.joined, lagged=self.here.lagged))
+            raise NonFiniteError(
+                f"{self.skipped} steps in a row made no update, for none was finite, expected "
+                f"fewer than trainer.max_skipped_steps={self.config.trainer.max_skipped_steps}; "
+                f"the policy before them is in {path}, their microbatches are in "
+                f"{self.run_dir.path / 'nonfinite'}: lower optimizer.lr, or look at them with "
+                "`proma grads`"
+            )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _build_warm_optimizer(self) -> Optimizer:
+        warm = self.config.warm_start
         schedule = self.config.optimizer.model_copy(
             update={
                 "lr": warm.lr,
@@ -306,65 +384,55 @@ class Trainer:
                 "decay": warm.decay,
             }
         )
-        optimizer = Optimizer(self.policy, schedule, warm.steps)
-        demonstrations = Demonstrations(
-            self.data.supervised, self.data.tokenizer, warm.guesses, self.config.seed
-        )
-        self.reporter.start("warm_start", warm.steps)
-        for step in range(1, warm.steps + 1):
-            started = time.perf_counter()
-            self.phases.step = step
-            with self.phases.phase("warm_start"):
-                batch = demonstrations.take(warm.sequences_per_step)
-                metrics = self.learner.supervise(batch, optimizer)
-            metrics["seconds/step"] = time.perf_counter() - started
-            self.reporter.write(StepReport(step, metrics), "warm_start")
-
-    # ------------------------------------------------------------------ checkpoints
+        return Optimizer(self.policy, schedule, warm.steps)
 
     def _build_optimizer(self) -> Optimizer:
         updates = self.config.trainer.steps * self.config.batching.minibatches
         return Optimizer(self.policy, self.config.optimizer, updates)
 
-    def _save(self) -> None:
-        path = self.run_dir.checkpoint(self.done)
-        if (path / MARKER).exists():
-            return  # of this very step; writing it again would only put it at risk
-        state: dict[str, Any] = {
-            "step": self.done,
-            "prompts": self.prompts_seen,
-            "kl_coefficient": self.references.coefficient,
-        }
+    def _position(self, phase: str, step: int, pending: StepReport | None = None) -> Position:
+        """Where the run stands after this step."""
         lagged = self.divergences.lagged
-        if lagged is not None and lagged.count:
-            with lagged.in_place():
-                mean = self.run_dir.lagged_of(path)
-                save_checkpoint(mean, self.policy, None, {"count": lagged.count})
-        save_checkpoint(
-            path,
-            self.policy,
-            self.optimizer if self.done else None,  # before its first step, Adam has no state
-            state,
+        return Position(
+            phase=phase,
+            step=step,
+            prompts=self.data.train.state(),
+            demonstrations=self.demonstrations.state() if phase == "warm_start" else {},
+            kl_coefficient=self.references.coefficient,
+            lagged=0 if lagged is None else lagged.count,
+            joined=self.joined,
+            skipped=self.skipped,
+            files=self.reporter.written(),
+            pending=None if pending is None else asdict(pending),
         )
-        self.reporter.message(f"saved {path}")
 
-    def _resume(self) -> None:
-        """Load the newest checkpoint and the policy that RL started from."""
-        newest, first = self.run_dir.latest_checkpoint(), self.run_dir.checkpoint(0)
-        assert newest is not None, "prepare_run_dir refuses to resume without a checkpoint"
-        load_checkpoint(first, self.policy, None)
-        self.divergences.initial = WeightSnapshot(self.policy)
-        lagged = self.divergences.lagged
-        mean = self.run_dir.lagged_of(newest)
-        if lagged is not None and (mean / MARKER).is_file():
-            lagged.restore(load_checkpoint(mean, self.policy, None)["count"])
-        self.optimizer = self._build_optimizer()
-        state = load_checkpoint(newest, self.policy, None if newest == first else self.optimizer)
-        self.data.train.restore(state["prompts"])
-        self.prompts_seen = self.data.train.state()
-        self.done = int(state["step"])
+    def _save(self, position: Position, score: float | None = None) -> Path:
+        with self.stopwatch.phase("save"):
+            return self.keeper.save(position, self.optimizer, score)
+
+    def _finish_save(self) -> None:
+        with self.stopwatch.phase("save"):
+            self.keeper.finish()
+
+    def _resume(self, newest: Path) -> None:
+        """Load the newest checkpoint of RL, and the policy that RL started from."""
+        with self.phases.phase("setup"):
+            self.keeper.load_initial()
+            self.divergences.initial = WeightSnapshot(self.policy)
+            self.optimizer = self._build_optimizer()
+            self._take_up(self.keeper.load(newest, self.optimizer))
+            self.best = self.keeper.best_score()
+
+    def _take_up(self, position: Position) -> None:
+        self.data.train.restore(position.prompts)
+        self.skipped, self.joined = position.skipped, position.joined
         if self.config.loss.kl.target is not None:
-            self.references.coefficient = state.get("kl_coefficient", self.references.coefficient)
+            self.references.coefficient = position.kl_coefficient
+        self.here = self.sound = position
+
+
+class _Stopping(Exception):  # noqa: N818 - no error
+    """All ranks have agreed to stop."""
 
 
 def _sequences(found: RolloutGroup) -> list[TrainingSequence]:

@@ -7,6 +7,7 @@ in order, by all ranks together.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from proma_megatron.rollout.rewards import check_reward
 from proma_megatron.rollout.source import prepare_data, with_own_tokenizer
 from proma_megatron.run_dir import RunDir
 from proma_megatron.stopping import RunStopped, Stops, StopSignals, clock_started
+from proma_megatron.storage import written
 from proma_megatron.topology import layout, process_group
 from proma_megatron.trainer import Trainer
 from proma_megatron.watchdog import Phases, Watchdog
@@ -60,7 +62,8 @@ def run_worker(config: RunConfig, resume: bool, signals: StopSignals) -> None:
                 _run_in_group(config, run_dir, device, resume, signals, phases)
         except RunStopped as stop:
             if dist.get_rank() == 0:
-                stop.write(run_dir.logs)
+                with contextlib.suppress(OSError):  # all is saved, whether or not this is
+                    stop.write(run_dir.logs)
             dist.barrier()  # torchrun ends the others as soon as one has left
             raise
         except BaseException as error:  # torch's CheckpointException is no Exception
@@ -85,7 +88,8 @@ def _run_in_group(
         )
         reporter: Reporter = Silent()
         if topology.is_main:
-            run_dir.write_environment(_device_name(device))
+            with written(run_dir.environment):
+                run_dir.write_environment(_device_name(device))
             reporter = Live(config.name, run_dir, config.trainer.steps)
         trainer = None
         try:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 from support.pooled import TINY_RUN, rl_rows
-from support.runs import noisy_rows, write_run
+from support.runs import complete, noisy_rows, write_run
 
 from proma_megatron import cli, launcher
+from proma_megatron.checkpoints.folder import MARKER
 from proma_megatron.compare import command
 from proma_megatron.compare.command import compare, duration
 from proma_megatron.compare.planning import Comparison, plan_runs, started_from
@@ -22,7 +23,7 @@ from proma_megatron.config_file import apply_overrides, dump_config, load_config
 from proma_megatron.export import job
 from proma_megatron.failure import WorkerError
 from proma_megatron.policy.hf_config import write_config
-from proma_megatron.run_dir import MARKER, RunDir
+from proma_megatron.run_dir import RunDir
 from proma_megatron.saved import Saved
 
 CHECK_RUN = launcher.check_run
@@ -187,8 +188,7 @@ def _start(config: RunConfig, *checkpoints: int) -> RunDir:
     run_dir.config.write_text(dump_config(config))
     run_dir.tokenizer.write_text("a tokenizer")
     for step in checkpoints:
-        run_dir.checkpoint(step).mkdir(parents=True, exist_ok=True)
-        (run_dir.checkpoint(step) / MARKER).write_text("{}")
+        complete(run_dir.checkpoint(step))
     return run_dir
 
 
@@ -199,17 +199,11 @@ def test_what_is_left_of_a_run(tmp_path: Path) -> None:
     assert todo(config) is Todo.RESTART
     run_dir.checkpoint(10).mkdir(parents=True)  # not complete
     assert todo(config) is Todo.RESTART
-    (run_dir.checkpoint(10) / MARKER).write_text("{}")
+    complete(run_dir.checkpoint(10))
     assert todo(config) is Todo.RESUME
-    _start(config, 20)
-    assert todo(config) is Todo.NOTHING
-
-
-def test_distributed_optimizer_can_only_start_again(tmp_path: Path) -> None:
-    config = _plan(tmp_path, optimizer={"distributed": True}).runs[0].config
-    _start(config, 0)
-    assert todo(config) is Todo.RESTART
-    _start(config, 20)
+    complete(run_dir.checkpoint(20), pending={"step": 20})  # its validation was interrupted
+    assert todo(config) is Todo.RESUME
+    complete(run_dir.checkpoint(20))
     assert todo(config) is Todo.NOTHING
 
 

@@ -10,10 +10,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.runs import complete
 
+from proma_megatron.checkpoints.folder import MARKER
 from proma_megatron.config import ConfigError
 from proma_megatron.run_dir import (
-    MARKER,
     RunDir,
     describe_environment,
     git_state,
@@ -30,8 +31,7 @@ def _start_run(path: Path) -> RunDir:
         file.write_text("old\n")
     for folder in run_dir.folders:
         (folder / "old").write_text("old")
-    run_dir.checkpoint(2).mkdir()
-    (run_dir.checkpoint(2) / MARKER).write_text("{}")
+    complete(run_dir.checkpoint(2))
     return run_dir
 
 
@@ -49,7 +49,7 @@ def test_a_job_that_is_queued_again_resumes_only_from_a_complete_checkpoint(tmp_
     assert not resumes(path)
     prepare_run_dir(path, resume=False, overwrite=True)  # what is left is no obstacle
     (run_dir.checkpoints / "step_000003").mkdir()
-    (run_dir.checkpoints / "step_000003" / MARKER).write_text("{}")
+    complete(run_dir.checkpoint(3))
     assert not resumes(path)  # of no run
 
 

@@ -184,7 +184,6 @@ def test_a_run_that_cannot_start_leaves_the_old_run_alone(tmp_path: Path, config
         (["device=cuda", "parallel.tensor=2", "parallel.data=8"], "GPUs"),
         (["data.train_file=empty.jsonl", "data.validation_file=empty.jsonl"], "empty.jsonl"),
         (["data.train_problems=100000000"], "data.train_problems"),
-        (["--resume", "optimizer.distributed=true"], "optimizer.distributed is true with --resume"),
         (["data.train_problems=8"], "fewer than rollout.prompts_per_step=16"),
         (["rollout.max_new_tokens=8", "warm_start.steps=1", *LONG_ANSWERS], "long-2"),
     ],

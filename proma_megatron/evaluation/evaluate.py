@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 from proma_megatron.config import RunConfig
 from proma_megatron.evaluation.statistics import accuracy_interval, mean_pass_at_k
 from proma_megatron.policy.model import Policy
-from proma_megatron.records import Prompt, ScoredRollout
+from proma_megatron.records import Prompt, Rollout, ScoredRollout
 from proma_megatron.rollout.collect import group, sample_rollouts, score_rollouts, share
-from proma_megatron.rollout.generator import SamplingOptions
+from proma_megatron.rollout.generator import Interrupt, Interrupted, SamplingOptions
 from proma_megatron.rollout.scoring import Scorer
 from proma_megatron.rollout.tokenizer import Tokenizer
 
@@ -103,12 +104,16 @@ def evaluate(
     *,
     step: int = 0,
     progress: Callable[[int], None] = lambda done: None,
+    look_up: Callable[[], None] = lambda: None,
+    interrupt: Interrupt | None = None,
 ) -> Evaluation:
     """``evaluation.samples`` completions of each prompt, scored; the same on every rank.
 
     Args:
         step: with the seed and a prompt's place it decides the noise; never that of training.
         progress: called with the number of prompts that are done.
+        look_up: called where all ranks are in step; may raise to end the evaluation.
+        interrupt: as `generate` takes it; once it was true, ``look_up`` must raise.
 
     Raises:
         RewardError: the reward function failed on a sample.
@@ -120,9 +125,20 @@ def evaluate(
     scored: list[ScoredRollout] = []
     for first in range(0, len(prompts), portion):
         mine = share(prompts[first : first + portion], topology)
-        rollouts = sample_rollouts(
-            policy, tokenizer, mine, samples, options, seed=config.seed, step=~step, first=first
-        )
+        rollouts: list[Rollout] = []
+        with contextlib.suppress(Interrupted):
+            rollouts = sample_rollouts(
+                policy,
+                tokenizer,
+                mine,
+                samples,
+                options,
+                seed=config.seed,
+                step=~step,
+                first=first,
+                interrupt=interrupt,
+            )
+        look_up()
         groups = group(score_rollouts(topology, rollouts, scorer), samples)
         everyone = topology.gather_over_data(groups)
         for place in range(max(map(len, everyone))):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from proma_megatron.checkpoint import load_policy
+from proma_megatron.checkpoints.loading import load_policy
 from proma_megatron.evaluation.evaluate import Evaluation, evaluate
 from proma_megatron.evaluation.job import EvaluationJob
 from proma_megatron.jobs import in_layout, serve

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from proma_megatron.checkpoint import load_policy
+from proma_megatron.checkpoints.loading import load_policy
 from proma_megatron.config import ConfigError
 from proma_megatron.export.job import ExportJob
 from proma_megatron.jobs import in_layout, serve

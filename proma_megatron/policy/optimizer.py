@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,9 +65,55 @@ class Optimizer:
                 override_opt_param_scheduler=True,
             )
 
+    @property
+    def updates(self) -> int:
+        """How often the weights have been updated."""
+        return int(self.scheduler.num_steps)
+
+    def take_weights(self) -> None:
+        """Copy the model's weights anew, where the optimizer keeps copies of them."""
+        self.optimizer.reload_model_params()
+
+    def allocate(self) -> None:
+        """Prepare for a state to be loaded; of use to Megatron's distributed optimizer only.
+
+        It describes its state by what Adam has, and with torch's Adam stumbles twice over the count
+        of steps: where there is none yet, and where it looks for one among the loaded tensors of a
+        parameter, though it has set it already.
+        """
+        for part in self._torch_parts():
+            adam = part.optimizer
+            fill = part._set_main_param_and_optimizer_states
+            part._set_main_param_and_optimizer_states = partial(_without_steps, fill)
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    if not adam.state[parameter]:
+                        adam.state[parameter] = {
+                            "step": torch.zeros((), dtype=torch.float32),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+
+    def _own_steps(self) -> None:
+        """Let each parameter count its own steps.
+
+        Megatron's distributed optimizer loads one tensor for all of them, which torch's Adam would
+        then raise once for every parameter: the rate's correction would be that of a later step.
+        """
+        for part in self._torch_parts():
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    def _torch_parts(self) -> list[Any]:
+        """Megatron's optimizers around torch's Adam; fused ones count in their own way."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
+
     def load_state(self, optimizer: Any, scheduler: Any) -> None:
         """Continue from a checkpoint's state, at the rates of this configuration."""
         self.optimizer.load_state_dict(optimizer)
+        if self.config.distributed:
+            self._own_steps()
         for group in self.optimizer.param_groups:
             group["max_lr"], group["min_lr"] = self.config.lr, self.config.min_lr
         self.scheduler.load_state_dict(scheduler)
@@ -94,3 +141,8 @@ class Optimizer:
         for chunk in self.policy.chunks:
             chunk.zero_grad_buffer()
         return {"optimizer/grad_norm": math.nan, "optimizer/lr": math.nan}
+
+
+def _without_steps(fill: Any, parameter: torch.Tensor, tensors: dict[str, Any]) -> None:
+    """Fill a parameter's state; what is no tensor, Megatron leaves alone."""
+    fill(parameter, {"step": None, **tensors})

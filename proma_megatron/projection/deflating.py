@@ -156,8 +156,7 @@ def _subtract(u: _Linear, removed: Removal, scale: torch.Tensor, kept: torch.Ten
     """Take ``scale * R`` out of this rank's rows of the unit; nothing where not ``kept`` ()."""
     target, dtype, at = u.capture.main_grad, u.capture.main_grad.dtype, 0
     right = masked(removed.right * scale, kept).to(dtype)
-    whole = masked(removed.left, kept)
     for low, high in u.unit.rows:
-        left = whole[at : at + high - low].to(dtype)
+        left = masked(removed.left[at : at + high - low], kept).to(dtype)
         target[low:high].addmm_(left, right, alpha=-1)
         at += high - low

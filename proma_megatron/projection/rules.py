@@ -160,7 +160,12 @@ def clamp_factor(removed: torch.Tensor, policy: torch.Tensor, bound: float | Non
 
 def all_finite(values: torch.Tensor, axes: int) -> torch.Tensor:
     """(...,) bool: whether everything along so many last axes is finite."""
-    return values.isfinite().flatten(-axes).all(dim=-1)
+    rows = values.flatten(-axes)
+    if not rows.shape[-1]:
+        return torch.ones(rows.shape[:-1], dtype=torch.bool, device=values.device)
+    # Both are NaN where anything is; `isfinite` of all would make copies of all.
+    least, most = rows.aminmax(dim=-1)
+    return least.isfinite() & most.isfinite()
 
 
 def masked(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

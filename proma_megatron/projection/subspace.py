@@ -151,7 +151,8 @@ def is_direct(tokens: int, rank: int) -> bool:
 def _direct(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> list[Subspace]:
     grams = torch.stack(_whole([m.gram() for m in matrices], matrices, reduce))
     finite = all_finite(grams, 2)
-    sizes, scale, left = _ritz(masked(grams, finite), rank)
+    grams.masked_fill_(~finite[:, None, None], 0.0)  # in place: they are the largest thing here
+    sizes, scale, left = _ritz(grams, rank)
     return [
         # M^T v = s u, and M u = s v.
         Subspace(m.apply_transposed(left[i] * scale[i]), left[i] * sizes[i], finite[i])

@@ -10,7 +10,7 @@ import torch
 
 from proma_megatron.policy.model import Policy
 from proma_megatron.records import Prompt, Rollout, RolloutGroup, ScoredRollout
-from proma_megatron.rollout.generator import SamplingOptions, generate
+from proma_megatron.rollout.generator import Interrupt, SamplingOptions, generate
 from proma_megatron.rollout.rewards import RewardError
 from proma_megatron.rollout.sampling import noise
 from proma_megatron.rollout.scoring import Scorer
@@ -28,11 +28,16 @@ def sample_rollouts(
     seed: int,
     step: int,
     first: int = 0,
+    interrupt: Interrupt | None = None,
 ) -> list[Rollout]:
     """``samples`` rollouts of each prompt of this replica, a prompt's samples side by side.
 
     Args:
         first: place, among the step's prompts, of the first prompt of all replicas.
+        interrupt: as `generate` takes it.
+
+    Raises:
+        Interrupted: as `generate` does.
     """
     wanted = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     # A prompt's place among those of all replicas, see `share`: the same in every layout.
@@ -50,7 +55,12 @@ def sample_rollouts(
             ]
         )
     completions = generate(
-        policy, [prompt.tokens for prompt, _ in wanted], uniform, tokenizer.stop_ids, options
+        policy,
+        [prompt.tokens for prompt, _ in wanted],
+        uniform,
+        tokenizer.stop_ids,
+        options,
+        interrupt,
     )
     return [
         Rollout(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
 from proma_megatron.records import Prompt, TrainingSequence
 from proma_megatron.rollout.answers import ANSWER_MARK
@@ -37,6 +39,21 @@ class Demonstrations:
         self._source, self._tokenizer = source, tokenizer
         self._guesses = guesses
         self._random = random.Random(f"demonstrations/{seed}")
+
+    def state(self) -> dict[str, Any]:
+        """The position, for `restore`."""
+        version, words, gauss = self._random.getstate()
+        return {"prompts": self._source.state(), "random": [version, list(words), gauss]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where demonstrations with this ``state`` would.
+
+        Raises:
+            ConfigError: the state belongs to other problems.
+        """
+        self._source.restore(state["prompts"])
+        version, words, gauss = state["random"]
+        self._random.setstate((version, tuple(words), gauss))
 
     def take(self, n: int) -> list[TrainingSequence]:
         """The next ``n`` sequences, with the loss on solution and EOS."""

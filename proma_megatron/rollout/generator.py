@@ -7,7 +7,7 @@ states by hand; the last stage samples and broadcasts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,14 @@ from proma_megatron.policy.attention import KeyValueCache
 from proma_megatron.policy.model import Policy
 from proma_megatron.rollout.sampling import sample
 
+LOOK_TOKENS = 32  # decoded between two looks at whether to give up
+Interrupt = Callable[[], object]  # true: give up
+
 KEEP_FRACTION = 0.75  # of a batch still decoding: below this, finished rows leave the cache
+
+
+class Interrupted(Exception):  # noqa: N818 - no error
+    """Sampling was given up, on all ranks of this replica."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,18 @@ def generate(
     noise: torch.Tensor,
     stops: Sequence[int],
     options: SamplingOptions,
+    interrupt: Interrupt | None = None,
 ) -> list[Completion]:
     """One completion a prompt, the same on every rank of this replica.
 
     Args:
         noise: (prompts, max_new_tokens) uniform numbers; ignored when greedy.
         stops: tokens any of which ends a completion.
+        interrupt: asked every `LOOK_TOKENS` tokens, by all ranks of this replica together, whether
+            to give up; they must get the same answer.
+
+    Raises:
+        Interrupted: the answer was yes.
     """
     if not prompts:
         return []
@@ -60,7 +73,9 @@ def generate(
     with policy.rollout_mode(), InferenceMode.active():
         for start in range(0, len(order), options.batch_size):
             batch = order[start : start + options.batch_size]
-            decoded = _decode(policy, [prompts[i] for i in batch], noise[batch], stops, options)
+            decoded = _decode(
+                policy, [prompts[i] for i in batch], noise[batch], stops, options, interrupt
+            )
             completions.update(zip(batch, decoded, strict=True))
     return [completions[i] for i in range(len(prompts))]
 
@@ -71,6 +86,7 @@ def _decode(
     noise: torch.Tensor,
     stops: Sequence[int],
     options: SamplingOptions,
+    interrupt: Interrupt | None,
 ) -> list[Completion]:
     device = policy.topology.device
     longest = max(len(prompt) for prompt in prompts)
@@ -86,6 +102,8 @@ def _decode(
     logprobs: list[list[float]] = [[] for _ in prompts]
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by row of the cache
     for position in range(options.max_new_tokens):
+        if interrupt is not None and position % LOOK_TOKENS == LOOK_TOKENS - 1 and interrupt():
+            raise Interrupted
         logits = _next_logits(policy, cache, inputs)
         uniform = None if options.greedy else noise[active, position]
         drawn, scores = _draw(policy, logits, uniform, options, len(active))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 
 from proma_megatron.config import ConfigError, PromptConfig
@@ -81,6 +82,8 @@ class PromptSource:
         if not prompts:
             raise ConfigError("there are no problems to make prompts of; give at least one")
         self._prompts, self._seed = list(prompts), seed
+        texts = "\n".join(f"{p.problem.id} {p.text} {p.problem.answer}" for p in self._prompts)
+        self._checksum = zlib.crc32(texts.encode(errors="surrogatepass"))
         self._epoch, self._position = 0, 0
         self._order = self._shuffle(0)
 
@@ -101,22 +104,23 @@ class PromptSource:
         return list(self._prompts)
 
     def state(self) -> dict[str, int]:
-        """The position, for `restore`; ``seed`` and ``problems`` say which stream it is of."""
+        """The position, for `restore`; the rest says which stream it is of."""
         return {
             "epoch": self._epoch,
             "position": self._position,
             "seed": self._seed,
             "problems": len(self._prompts),
+            "checksum": self._checksum,
         }
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Continue where a source with this ``state`` would.
 
         Raises:
-            ConfigError: the state belongs to another seed or number of problems.
+            ConfigError: the state belongs to another seed, or to other problems.
         """
         own = self.state()
-        for name in ("seed", "problems"):
+        for name in ("seed", "problems", "checksum"):
             if state[name] != own[name]:
                 raise ConfigError(
                     f"the prompts' {name} is {own[name]}, but the checkpoint was written with "

@@ -16,6 +16,7 @@ from numbers import Real
 from typing import Any, cast
 
 from proma_megatron.config import ConfigError, RewardConfig
+from proma_megatron.errors import RunError
 from proma_megatron.rollout.answers import final_answer, parse_number
 
 RewardFunction = Callable[[str, str, str], float]  # (prompt, completion, reference) -> score
@@ -24,7 +25,7 @@ _EXPECTED = "expected 'gsm8k', 'math' or 'package.module:function'"
 _LONGEST_FAULT = 500  # characters of what a user's function said, in an error message
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """A reward function failed, or gave something that is no finite number."""
 
 

@@ -12,6 +12,7 @@ scoring processes come from a bare interpreter, in this process and in ranks.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -31,6 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from proma_megatron import startup
 from proma_megatron.config import ProcessConfig
 from proma_megatron.failure import LAUNCHED, first_error, forget_earlier
+from proma_megatron.stopping import RunStopped
 
 _PRELOADED = "support.preloaded"
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -141,7 +143,8 @@ class Ranks:
         """Wait until a rank has failed or all are done; exit codes, None of those that run."""
         while None in (codes := self.exit_codes()) and not any(codes):
             going = [process.sentinel for process in self._processes if process.exitcode is None]
-            connection.wait(going)
+            if going:  # else they have ended just now; without any this would wait for ever
+                connection.wait(going)
         return codes
 
     def exit_codes(self) -> list[int | None]:
@@ -241,11 +244,16 @@ def forked_start_workers(
     logs: Path,
     process: ProcessConfig,
     graceful: bool = False,
+    main: Callable[..., object] | None = None,
 ) -> None:
     """In place of `workers.start_workers`: the same ranks, forked; none is ever started again.
 
     When one fails the others are ended within a second. What rank 0 prints is printed at the end.
-    A signal to this process is not turned into a `StoppedError`.
+    A signal to this process is neither passed on nor turned into a `StoppedError`.
+
+    Args:
+        graceful: makes no difference.
+        main: what a rank runs with module and arguments instead of `run_main`.
     """
     forget_earlier(logs)
     environment = {
@@ -253,14 +261,19 @@ def forked_start_workers(
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         LAUNCHED: str(os.getpid()),
     }
-    with start_ranks(count, run_main, module, arguments, logs=logs, env=environment) as ranks:
+    main = main or run_main
+    with start_ranks(count, main, module, arguments, logs=logs, env=environment) as ranks:
         codes = ranks.wait_for_first_failure()
         failures = {rank: _failure(ranks, rank, code) for rank, code in enumerate(codes) if code}
         ranks.end()
-    print(ranks.stdout[0].read_text(), end="")
-    print(ranks.stderr[0].read_text(), end="", file=sys.stderr)
+    with contextlib.suppress(FileNotFoundError):  # a drill may have moved the folder away
+        print(ranks.stdout[0].read_text(), end="")
+        print(ranks.stderr[0].read_text(), end="", file=sys.stderr)
     if failures:
         raise first_error(logs, ChildFailedError(name, failures)) from None
+    stopped = RunStopped.read(logs)
+    if stopped is not None:
+        raise stopped
 
 
 def _failure(ranks: Ranks, rank: int, code: int) -> ProcessFailure:

@@ -96,7 +96,7 @@ def untimed(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.startswith(TIMES)}
 
 
-TIMES: tuple[str, ...] = ("seconds/", "tokens/second")
+TIMES: tuple[str, ...] = ("seconds/", "tokens/second", "save/")
 TINY_RUN: Sequence[str] = (
     "model={hidden_size: 32, ffn_hidden_size: 64, layers: 2, head_dim: 8}",
     "data={train_problems: 200, validation_problems: 4, largest_number: 9, solution_steps: 1}",

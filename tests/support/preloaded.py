@@ -20,6 +20,14 @@ MODULES = (
     "proma_megatron.exactness.worker",
     "proma_megatron.export.worker",
     "transformers",
+    # What a run imports when it first takes a step or saves.
+    "torch._dynamo",
+    "torch.onnx.ops",
+    "torch.utils.tensorboard.writer",
+    "megatron.core.models.mimo.optimizer",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "pytest",  # the main module of a process that a test starts
     "support.pool",
     "support.pooled",

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.checkpoint import load_policy
+from proma_megatron.checkpoints.loading import load_policy
 from proma_megatron.config import RunConfig
 from proma_megatron.config_file import validate_config
 from proma_megatron.policy import huggingface

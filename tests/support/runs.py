@@ -9,7 +9,25 @@ from typing import Any
 import numpy as np
 import yaml
 
+from proma_megatron.checkpoints.folder import Marker, write_marker
+
 Row = dict[str, Any]
+
+
+def complete(path: Path, score: float | None = None, pending: Any = None) -> Path:
+    """A checkpoint that holds nothing and says that it is complete."""
+    path.mkdir(parents=True, exist_ok=True)
+    phase, _, step = path.name.rpartition("_")
+    marker = Marker(
+        phase="rl" if phase == "step" else phase,
+        step=int(step),
+        state={"pending": pending},
+        model={},
+        layout={},
+        score=score,
+    )
+    write_marker(path, marker)
+    return path
 
 
 def write_run(run: Path, rows: list[Row], **config: Any) -> Path:
