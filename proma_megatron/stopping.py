@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from proma_megatron.failure import LAUNCHED, STOPPED
+from proma_megatron.storage import write_synced
 
 if TYPE_CHECKING:
     from proma_megatron.topology import Topology
@@ -57,9 +58,7 @@ class RunStopped(Exception):  # noqa: N818 - no error
         """Leave ``stopped.json`` for the launcher, and for whoever starts the run again."""
         saved = None if self.checkpoint is None else str(self.checkpoint)
         record = {"reason": self.reason, "step": self.step, "checkpoint": saved}
-        part = logs / f".{STOPPED}.part"
-        part.write_text(json.dumps(record) + "\n")
-        part.replace(logs / STOPPED)
+        write_synced(logs / STOPPED, json.dumps(record) + "\n")
 
     @classmethod
     def read(cls, logs: Path) -> RunStopped | None:
