@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
@@ -29,6 +30,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early; everything is saved; start agai
 
 _STARTED = "PROMA_STARTED"  # in the environment of ranks: the launcher's clock when it started
 _LOADED = time.monotonic()  # near enough the start of a process
+_ASKING = {signal.SIGTERM, signal.SIGUSR1}
 _TIME_LIMIT = 1000  # among numbers of signals
 
 
@@ -71,6 +73,23 @@ class RunStopped(Exception):  # noqa: N818 - no error
         return cls(record["reason"], record["step"], None if saved is None else Path(saved))
 
 
+@contextmanager
+def unasked_children() -> Iterator[None]:
+    """Processes that are started within it never get the signals by which ranks are asked to stop.
+
+    Slurm sends those to every process of a job, and a rank that loses its helpers fails before it
+    has stopped. The rank gets what comes in between at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)  # children inherit the mask
+    try:
+        # Else it starts with whoever needs it first. It leaves SIGTERM unblocked behind itself.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class StopSignals:
     """Within the ``with`` block, signals are noted instead of ending this process.
 
@@ -87,6 +106,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            with unasked_children():
+                pass  # the resource tracker is one
             for number in self._handled():
                 self._before[number] = signal.signal(number, self._note)
                 # System calls of libraries that know nothing of this go on where they were.

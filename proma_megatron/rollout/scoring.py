@@ -20,10 +20,11 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
+from multiprocessing import forkserver
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 from proma_megatron.config import ConfigError, RewardConfig
 from proma_megatron.rollout.rewards import (
@@ -34,11 +35,15 @@ from proma_megatron.rollout.rewards import (
     load_judge,
     overlong_penalty,
 )
+from proma_megatron.stopping import unasked_children
 from proma_megatron.watchdog import write_stacks_when_asked
 
 if TYPE_CHECKING:
     from proma_megatron.records import Rollout, ScoredRollout
 
+# pebble ends a process by SIGTERM and, so many seconds later, by SIGKILL. The first is for ranks,
+# see `unasked_children`.
+CONSTS.term_timeout = 0.05
 _LOOK_SECONDS = 1.0  # how often to see whether the pool is still there
 
 
@@ -164,6 +169,8 @@ class Scorer:
             own = ["math_verify"] if config.function == "math" else []
             context.set_forkserver_preload([__name__, *own])
             judge = (config.function, config.format_pattern)
+            with unasked_children():
+                forkserver.ensure_running()  # whose children inherit what it can be told
             self._pool = ProcessPool(
                 config.workers, initializer=_enter, initargs=judge, context=context
             )
@@ -217,11 +224,7 @@ def _exit(code: int) -> str:
 
 def _enter(function: str, pattern: str | None) -> None:
     """What a process does before it takes samples; no limit applies to it."""
-    # pebble ends a process by SIGTERM, and catches that in Python: code that Python doesn't run,
-    # such as a power of large numbers, would go on until pebble's SIGKILL, seconds later.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for asks_to_stop in (signal.SIGUSR1, signal.SIGINT):  # the trainer, which ends this process
-        signal.signal(asks_to_stop, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the trainer, which ends this process
     write_stacks_when_asked()
     _end_with_parent()
     os.dup2(2, 1)  # stdout may be the run's live display

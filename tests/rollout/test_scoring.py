@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,6 +274,27 @@ def test_idle_processes_that_something_ended_are_replaced(
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.5)  # until the pool has seen it; within this time it would be a RewardError
     assert outcomes(scorer.score(rollouts("score 1"))) == [(1, False)]
+
+
+def test_a_stop_that_reaches_every_process_of_a_job_ends_no_sample(
+    scorer: Scorer, processes: Processes
+) -> None:
+    """As Slurm sends it, to the fork server and to processes in the middle of a sample, too."""
+    scorer.score(rollouts("score 1"))
+    mine = [pid for pid in processes() if pid is not None]
+    every = {*mine, *(psutil.Process(pid).ppid() for pid in mine)}
+
+    def tell() -> None:
+        for pid in every:
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                os.kill(pid, number)
+
+    telling = threading.Timer(0.3, tell)
+    telling.start()
+    scored = scorer.score(rollouts("sleep 0.6", "loop"))
+    telling.join()
+    assert outcomes(scored) == [(0.6, False), (0, True)]
+    assert outcomes(scorer.score(rollouts("score 2"))) == [(2, False)]
 
 
 # --------------------------------------------------------------------------- bonus and penalty
