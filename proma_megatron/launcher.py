@@ -29,7 +29,7 @@ from proma_megatron.rollout.source import (
 from proma_megatron.run_dir import RunDir, prepare_run_dir
 from proma_megatron.slurm import adopt_slurm
 from proma_megatron.startup import defer_compilation
-from proma_megatron.stopping import EXIT_STOPPED, RunStopped, StopSignals, clock_starts
+from proma_megatron.stopping import EXIT_STOPPED, STOP_CODE, RunStopped, StopSignals, clock_starts
 from proma_megatron.storage import write_synced
 from proma_megatron.workers import start_workers
 
@@ -66,7 +66,7 @@ def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         except RunStopped as stop:
             # At once: torchrun and `srun -K` end the ranks that are still at it when one has left.
             say(str(stop))
-            end(EXIT_STOPPED)
+            end(int(os.environ.get(STOP_CODE, EXIT_STOPPED)))
 
 
 def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early; everything is saved; start again with --resume
 
+# In the environment of ranks: their exit code at a stop, for a launcher that takes 75 for a failure
+# and reports it at length. Such a launcher looks for `STOPPED`.
+STOP_CODE = "PROMA_STOP_CODE"
 _STARTED = "PROMA_STARTED"  # in the environment of ranks: the launcher's clock when it started
 _LOADED = time.monotonic()  # near enough the start of a process
 _ASKING = {signal.SIGTERM, signal.SIGUSR1}
