@@ -190,7 +190,13 @@ def test_an_export_has_what_the_model_came_with(model: Path, exported: Path) -> 
 def test_what_was_imported_is_exported_bit_by_bit(trained: Path, model: Path) -> None:
     """The checkpoint before the first step holds the model's own weights."""
     out = trained.parent / "first"
-    export(open_saved(trained / "checkpoints" / "step_000000"), out, None, "5GB")
+    out.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (out / name).write_text("of an earlier export")
+    first = open_saved(trained / "checkpoints" / "step_000000")
+    export(first, out, None, "5GB", overwrite=True)
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    assert not list(out.parent.glob(".first.*"))
     before, after = (load_file(path / "model.safetensors") for path in (model, out))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -225,6 +231,8 @@ def test_export_refuses_what_it_would_overwrite_or_not_do(
     ):
         with pytest.raises(ConfigError, match=part):
             export(open_saved(source), out, None, size)
+    with pytest.raises(ConfigError, match="exists already"):  # it is no export
+        export(open_saved(trained), tmp_path, None, "5GB", overwrite=True)
     assert list(tmp_path.iterdir()) == [tmp_path / "notes"]
 
 

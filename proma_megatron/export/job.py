@@ -36,12 +36,15 @@ class ExportJob(Section):
     out: Path
 
 
-def export(saved: Saved, out: Path, dtype: Dtype | None, shard_size: str) -> None:
+def export(
+    saved: Saved, out: Path, dtype: Dtype | None, shard_size: str, *, overwrite: bool = False
+) -> None:
     """Write the policy of a run as Hugging Face's and vLLM's loaders want it.
 
     Args:
         dtype: of the weights; None: the run's own, which loses nothing.
         shard_size: largest file, such as "5GB".
+        overwrite: replace an earlier export, when the new one is complete.
 
     Raises:
         ConfigError: there is nothing to export, or ``out`` can't be written.
@@ -59,7 +62,7 @@ def export(saved: Saved, out: Path, dtype: Dtype | None, shard_size: str) -> Non
     _check_size(shard_size)
     given, out = out, out.resolve()
     if is_first_rank():
-        _check_out(given)
+        _check_out(given, overwrite=overwrite)
     tokenizer = load_tokenizer(config, Path(os.devnull), ())
     part = out.with_name(f".{out.name}.part")
     job = ExportJob(
@@ -83,7 +86,12 @@ def export(saved: Saved, out: Path, dtype: Dtype | None, shard_size: str) -> Non
             with working_folder("export") as folder:
                 run_job("proma_megatron.export.worker", job, config, folder, "export")
         if main:
+            old = out.with_name(f".{out.name}.old")
+            if overwrite and out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                out.replace(old)
             part.replace(out)  # which may be there, empty
+            shutil.rmtree(old, ignore_errors=True)  # also of one that was killed in between
             say(f"wrote {given}: {saved.checkpoint.name}, {job.dtype}")
     finally:
         if main:
@@ -101,10 +109,14 @@ def _check_size(text: str) -> None:
         ) from None
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, *, overwrite: bool) -> None:
     """Whether a new directory can be made there; ConfigError if not."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out is {out}, which exists already; give the name of a new directory")
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty and not (overwrite and (out / "config.json").is_file()):
+        raise ConfigError(
+            f"--out is {out}, which exists already; give the name of a new directory, or "
+            "--overwrite an earlier export"
+        )
     if not out.resolve().parent.is_dir():
         raise ConfigError(f"--out is {out}, but there is no directory {out.parent}; make it")
     if not os.access(out.resolve().parent, os.W_OK):
