@@ -98,12 +98,12 @@ def validate_config(tree: dict[str, Any], *, training: bool = False) -> RunConfi
     Raises:
         ConfigError: one sentence per fault, the first few of them.
     """
-    return _validate(_with_shape(tree), RunConfig, TRAINING if training else None)
+    return validate_section(_with_shape(tree), RunConfig, TRAINING if training else None)
 
 
 def gradients_config(overrides: Sequence[str]) -> GradientsConfig:
     """A validated `GradientsConfig` of defaults and overrides; raises as `validate_config`."""
-    return _validate(apply_overrides({}, overrides), GradientsConfig)
+    return validate_section(apply_overrides({}, overrides), GradientsConfig)
 
 
 def _with_shape(tree: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +124,14 @@ def _with_shape(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "model": {**model, **shape}}
 
 
-def _validate[Root: Section](
+def validate_section[Root: Section](
     tree: dict[str, Any], root: type[Root], context: dict[str, str] | None = None
 ) -> Root:
+    """``tree`` as a section of this type.
+
+    Raises:
+        ConfigError: one sentence per fault, the first few of them.
+    """
     try:
         return root.model_validate(tree, context=context)
     except ValidationError as error:
@@ -158,7 +163,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _sentence(fault: Any, root: type[Section]) -> str:
     """One pydantic fault in words: the key, the value, what was expected, the fix."""
-    key = ".".join(str(part) for part in fault["loc"])
+    key = ".".join(str(part) for part in fault["loc"] if part != "[key]")
     kind, value, context = fault["type"], fault.get("input"), fault.get("ctx", {})
     if kind == "extra_forbidden":
         section: Any = root
@@ -176,11 +181,16 @@ def _sentence(fault: Any, root: type[Section]) -> str:
         )
         return f"unknown key '{key}'; {fix}"
     if kind == "missing":
-        return f"'{key}' is missing; add it to the config file"
+        return f"'{key}' is missing; add it"
     if kind == "literal_error":
         return f"{key} is {value!r}, expected one of {context['expected']}"
-    if kind == "value_error" and not key:
-        return str(context["error"])
+    if kind == "value_error":
+        own = str(context["error"])
+        return f"{key} is {value!r}, but {own}" if key else own
+    if kind in ("tuple_type", "list_type"):
+        return f"{key} is {value!r}, expected a list"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key} is {value!r}, expected a section of `name: value` lines"
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return f"{key} is {value!r}, but {message.replace('input should', 'it should')}"
 
