@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from launch.cli import app as launch
 from proma_megatron.config import ConfigError
 from proma_megatron.config_file import gradients_config, load_config
 
@@ -20,6 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(launch, name="launch")
 
 
 @app.callback()
@@ -63,9 +67,9 @@ def train(
 
         resume = resumes(checked.run_dir)
         overwrite = not resume
-    from proma_megatron.launcher import train as launch  # imports torch and Megatron: seconds
+    from proma_megatron.launcher import train as run  # imports torch and Megatron: seconds
 
-    launch(checked, resume=resume, overwrite=overwrite)
+    run(checked, resume=resume, overwrite=overwrite)
 
 
 @app.command()
@@ -183,12 +187,15 @@ def export(
         typer.Option(help="Of the weights; default: that of the run."),
     ] = None,
     shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an export that is there.")
+    ] = False,
 ) -> None:
     """Write a policy as a Hugging Face directory, for transformers and vLLM."""
     from proma_megatron.export.job import export as run
     from proma_megatron.saved import open_saved
 
-    run(open_saved(source, overrides or []), out, dtype, shard_size)
+    run(open_saved(source, overrides or []), out, dtype, shard_size, overwrite=overwrite)
 
 
 @app.command()

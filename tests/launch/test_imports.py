@@ -1,0 +1,71 @@
+"""Which code loads which: `proma` must start fast, and training must not need NeMo-Run."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.launch import ROOT
+
+HEAVY = ("torch", "megatron", "nemo_run", "transformers", "hydra", "fiddle")
+
+
+@pytest.mark.parametrize("module", ["launch", "launch.cli", "launch.stages", "proma_megatron.cli"])
+def test_importing_it_loads_neither_torch_nor_nemo_run(module: str) -> None:
+    program = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a source names, also those that it loads later."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(package: str, path: Path) -> set[str]:
+    """Those of a package that a source names."""
+    found = (name.split(".") for name in imports(path))
+    return {".".join(parts[:2]) for parts in found if parts[0] == package} - {package}
+
+
+def test_no_training_code_loads_launch() -> None:
+    sources = sorted((ROOT / "proma_megatron").rglob("*.py"))
+    assert len(sources) > 50
+    loading = [
+        path.name for path in sources if any(n.split(".")[0] == "launch" for n in imports(path))
+    ]
+    assert loading == ["cli.py"]
+    assert {n for n in imports(ROOT / "proma_megatron" / "cli.py") if n.startswith("launch")} == {
+        "launch.cli",
+        "launch.cli.app",
+    }
+
+
+CONFIGURATION = {"proma_megatron.config", "proma_megatron.config_file", "proma_megatron.errors"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "launch").rglob("*.py")), ids=lambda path: path.name
+)
+def test_launch_loads_no_training_code(path: Path) -> None:
+    planning = {"proma_megatron.planning", "proma_megatron.rollout"}  # which load none either
+    allowed = CONFIGURATION | planning if path.name == "cli.py" else CONFIGURATION
+    assert modules("proma_megatron", path) <= allowed
+
+
+def test_what_the_dry_run_plans_with_is_loaded_when_it_does() -> None:
+    tree = ast.parse((ROOT / "launch" / "cli.py").read_text())
+    at_once = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert "proma_megatron.config" in at_once
+    assert {name for name in at_once if str(name).startswith("proma_megatron")} <= CONFIGURATION
