@@ -350,7 +350,9 @@ def test_proma_s_own_variables_can_be_overridden(name: str) -> None:
 
 
 def test_what_sbatch_and_shells_understand_is_taken() -> None:
-    site(constraint="(a|b)&c", mem=0, setup=["[ ! -f x ] || source x", "git config credential=y"])
+    lines = ("[ ! -f x ] || source x", "git config credential=y")
+    found = site(constraint="(a|b)&c", mem=0, setup=lines)
+    assert (found.constraint, found.mem, found.setup) == ("(a|b)&c", "0", lines)
 
 
 def test_values_are_what_a_shell_would_have() -> None:
@@ -368,4 +370,5 @@ def test_a_flag_is_given_or_left_out() -> None:
 
 
 def test_a_secret_that_a_command_fetches_is_no_value_in_a_file() -> None:
-    site(setup=["export HF_TOKEN=$(cat ~/.hf_token)", 'HF_TOKEN="$(pass hf)"; export HF_TOKEN'])
+    lines = ("export HF_TOKEN=$(cat ~/.hf_token)", 'HF_TOKEN="$(pass hf)"; export HF_TOKEN')
+    assert site(setup=lines).setup == lines
