@@ -24,6 +24,7 @@ from launch.cluster import Cluster
 from launch.connection import Connection, UnreachableError, connect
 from launch.executors import local_executor, slurm_executor
 from launch.nodes import Nodes, nodes_for
+from launch.records import number_of
 from launch.scripts import local_script, node_script
 from launch.shipping import (
     CODE,
@@ -179,7 +180,7 @@ def submit(
         try:
             with _quiet():
                 experiment.run(detach=True)
-            wrong = [job.handle for job in experiment.jobs if not _number(job.handle).isdigit()]
+            wrong = [job.handle for job in experiment.jobs if not number_of(job.handle).isdigit()]
             if wrong:
                 raise LaunchError(f"sbatch answered {wrong}, expected numbers of jobs")
         except BaseException as error:
@@ -316,7 +317,7 @@ def _take_back(experiment: Any) -> list[str]:
     Without any, the record of the experiment is removed. NeMo-Run itself cancels nothing that the
     accounting database does not know yet.
     """
-    numbers = [_number(job.handle) for job in experiment.jobs if job.handle]
+    numbers = [number_of(job.handle) for job in experiment.jobs if job.handle]
     if numbers:
         try:
             with connect(experiment.jobs[0].executor.tunnel) as connection:
@@ -327,11 +328,6 @@ def _take_back(experiment: Any) -> list[str]:
             return numbers
     shutil.rmtree(experiment._exp_dir, ignore_errors=True)
     return []
-
-
-def _number(handle: str) -> str:
-    """Slurm's, of a handle such as slurm_tunnel://nemo_run/1234."""
-    return handle.rpartition("://")[2].partition("/")[2]
 
 
 def _place(cluster: Cluster) -> str:

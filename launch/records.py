@@ -60,11 +60,15 @@ def _read(id: str) -> Submitted:  # noqa: A002
         jobs.append(
             SubmittedJob(
                 name=job.id,
-                # "slurm_tunnel://nemo_run/1234"
-                id=job.handle.rpartition("://")[2].split("/")[1] if job.handle else "",
+                id=number_of(job.handle),
                 folder=folder,
                 tunnel=executor.tunnel if slurm else None,
                 after=tuple(job.dependencies),
             )
         )
     return Submitted(id, tuple(jobs))
+
+
+def number_of(handle: str) -> str:
+    """Slurm's number of a job, of NeMo-Run's handle slurm_tunnel://nemo_run/1234; "" of none."""
+    return handle.rpartition("://")[2].split("/")[1] if handle else ""

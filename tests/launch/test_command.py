@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.command import proma_here as proma
 from support.launch import (
     CLUSTERS,
     ROOT,
@@ -15,7 +16,6 @@ from support.launch import (
     cluster_file,
     git,
     make_key,
-    proma,
     unused_port,
 )
 

@@ -49,13 +49,21 @@ def forked_proma(
     Args:
         start: what starts the ranks.
     """
-    stdout, stderr = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(cwd),
         mock.patch.object(sys, "path", [str(cwd), *sys.path]),
-        mock.patch.object(sys, "argv", ["proma", *arguments]),
         mock.patch("proma_megatron.launcher.start_workers", start),
         mock.patch("proma_megatron.jobs.start_workers", start),
+    ):
+        return proma_here(*arguments)
+
+
+def proma_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run it to its end in this process, as it is."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    words = [str(word) for word in arguments]
+    with (
+        mock.patch.object(sys, "argv", ["proma", *words]),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
         pytest.raises(SystemExit) as left,
@@ -63,4 +71,4 @@ def forked_proma(
         main()
     code = left.value.code
     assert isinstance(code, int)
-    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+    return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())

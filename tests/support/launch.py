@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import yaml
 
 from launch.cluster import Cluster
 from launch.connection import UnreachableError
-from proma_megatron.cli import main
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = sorted((ROOT / "launch" / "clusters").glob("*.yaml"))
@@ -40,22 +36,6 @@ def cluster_file(folder: Path, **changes: Any) -> Path:
     path = folder / "cluster.yaml"
     path.write_text(yaml.safe_dump(tree(**changes)))
     return path
-
-
-def proma(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end in this process, which has NeMo-Run already."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    words = [str(word) for word in arguments]
-    with (
-        mock.patch("sys.argv", ["proma", *words]),
-        contextlib.redirect_stdout(stdout),
-        contextlib.redirect_stderr(stderr),
-        pytest.raises(SystemExit) as left,
-    ):
-        main()
-    code = left.value.code
-    assert isinstance(code, int)
-    return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
 
 def git(folder: Path, *arguments: str) -> str:
