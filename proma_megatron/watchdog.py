@@ -139,7 +139,7 @@ class Watchdog:
         self._folder.mkdir(exist_ok=True)
         self._file = self._path(self._rank).open("wb", buffering=0)
         self._phases.changed = self._write_heading
-        os.environ[_SCORING] = str(self._scoring.resolve())
+        os.environ[_SCORING] = str(self._scoring(self._rank).resolve())
         self._write_heading()
         os.lseek(self._file.fileno(), 0, os.SEEK_END)
         faulthandler.enable(self._file, all_threads=True)
@@ -176,9 +176,12 @@ class Watchdog:
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:03d}.txt"
 
+    def _scoring(self, rank: int) -> Path:
+        return self._folder / f"rank_{rank:03d}_scoring.txt"
+
     @property
-    def _scoring(self) -> Path:
-        return self._folder / f"rank_{self._rank:03d}_scoring.txt"
+    def _claim(self) -> Path:
+        return self._folder / f"late_on_{socket.gethostname()}"
 
     def _write_heading(self) -> None:
         text = (
@@ -200,15 +203,21 @@ class Watchdog:
                 self._phases.excuse(now - looked)
             looked = now
             late = self._phases.late()
-            if late is not None:
+            if late is not None and self._first_here():
                 self._end_run(late)
+            elif self._claim.exists():
+                self._follow(late)
+
+    def _follow(self, late: str | None) -> None:
+        """A peer asks for this rank's stacks and ends the run; its children only we know."""
+        faulthandler.unregister(signal.SIGTERM)  # the stacks are written once, and now
+        self._ask_scoring_processes()
+        time.sleep(_OTHERS_SECONDS)
+        if late is not None:
+            end(1)
 
     def _end_run(self, late: str) -> None:
         faulthandler.unregister(signal.SIGTERM)  # the stacks are written once, and now
-        if not self._first_here():
-            # The one that was first asks for this rank's stacks and ends the run.
-            time.sleep(_OTHERS_SECONDS)
-            end(1)
         error = HangError(f"rank {self._rank} has spent {late}; {self._collect(late)}")
         record_error(self._logs, error)
         if LAUNCHED not in os.environ:
@@ -220,47 +229,54 @@ class Watchdog:
 
     def _first_here(self) -> bool:
         """Whether no other rank of this machine has found the hang before."""
-        claim = self._folder / f"late_on_{socket.gethostname()}"
         try:
-            claim.touch(exist_ok=False)
+            self._claim.touch(exist_ok=False)
         except OSError:
-            return not claim.exists()  # where none can be written, everyone speaks up
+            return not self._claim.exists()  # where none can be written, everyone speaks up
         return True
 
     def _collect(self, late: str) -> str:
         """Write the stacks of all ranks here; who did, and what keeps the others from it."""
-        sizes = {rank: self._size(rank) for rank in self._peers}
+        before = {self._path(rank): _size(self._path(rank)) for rank in self._peers}
+        scoring = [path for path in map(self._scoring, self._peers) if path.exists()]
+        before |= {path: _size(path) for path in scoring}
         os.write(self._file.fileno(), f"\nrank {self._rank}: {late}\n".encode())
         faulthandler.dump_traceback(self._file, all_threads=True)
         for pid in self._peers.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR2)
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGUSR2)
-                time.sleep(0.05)  # they share a file
-        silent = self._wait_for_stacks(sizes)
+        self._ask_scoring_processes()
+        unchanged = _wait_for_growth(before)
+        silent = [rank for rank in sorted(self._peers) if self._path(rank) in unchanged]
         wrote = sorted({self._rank, *self._peers} - set(silent))
         words = [f"Python stacks of {_ranks(wrote)} are in {self._folder}"]
         words += [f"rank {rank} wrote none: {_state(self._peers[rank])}" for rank in silent]
         return "; ".join(words)
 
-    def _wait_for_stacks(self, before: Mapping[int, int]) -> list[int]:
-        """Peers whose files have not grown when the time is up."""
+    def _ask_scoring_processes(self) -> None:
+        """One after the other, as they share a file, and they end with this rank."""
+        path = self._scoring(self._rank)
         deadline = time.monotonic() + _ANSWER_SECONDS
-        silent = sorted(before)
-        while silent and time.monotonic() < deadline:
-            time.sleep(0.05)
-            silent = [rank for rank in silent if self._size(rank) <= before[rank]]
-        time.sleep(0.1)  # for the last one to come to the end of its stacks
-        return silent
+        for child in multiprocessing.active_children():
+            before = _size(path)
+            if child.pid is None:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGUSR2)
+            while _size(path) <= before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.05)  # for it to come to the end of its stacks
 
-    def _size(self, rank: int) -> int:
-        try:
-            return self._path(rank).stat().st_size
-        except OSError:
-            return 0
+
+def _wait_for_growth(before: Mapping[Path, int]) -> set[Path]:
+    """Files that have not grown beyond these sizes when the time is up."""
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    unchanged = set(before)
+    while unchanged and time.monotonic() < deadline:
+        time.sleep(0.05)
+        unchanged = {path for path in unchanged if _size(path) <= before[path]}
+    time.sleep(0.1)  # for the last one to come to the end of its stacks
+    return unchanged
 
 
 def write_stacks_when_asked() -> None:
@@ -269,6 +285,13 @@ def write_stacks_when_asked() -> None:
     if path is not None:
         file = Path(path).open("ab", buffering=0)  # noqa: SIM115 - faulthandler keeps it
         faulthandler.register(signal.SIGUSR2, file, all_threads=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -147,8 +147,13 @@ def test_a_reward_that_hangs_ends_the_run_with_its_line_named(tmp_path: Path) ->
     (tmp_path / "sleepy.py").write_text(
         "import time\n"
         "def score(prompt, completion, reference):\n"
-        "    while True:\n"
+        "    with open('calls', 'ab') as calls:\n"
+        "        calls.write(b'.')\n"
+        "    with open('calls', 'rb') as calls:\n"
+        "        hang = len(calls.read()) > 4  # validation is over: the processes have started\n"
+        "    while hang:\n"
         "        time.sleep(0.1)\n"
+        "    return 0.0\n"
     )
     (tmp_path / "config.yaml").write_text(
         "name: hangs\n"
@@ -157,19 +162,19 @@ def test_a_reward_that_hangs_ends_the_run_with_its_line_named(tmp_path: Path) ->
         "rollout: {prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 4}\n"
         "reward: {function: 'sleepy:score', timeout_seconds: 1000}\n"
         "parallel: {tensor: 2}\n"
-        "trainer: {steps: 2, phase_minutes: {validation: 0.1}}\n"
+        "trainer: {steps: 2, phase_minutes: {score: 0.05}}\n"
     )
     done = proma("train", "config.yaml", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     ended = time.time()
     assert done.returncode == 1, done.stderr
     run = tmp_path / "runs" / "hangs"
     said = done.stderr.splitlines()[-1]
-    assert "in phase validation of step 0, more than trainer.phase_minutes.validation=0.1" in said
+    assert "in phase score of step 1, more than trainer.phase_minutes.score=0.05" in said
     assert "Python stacks of ranks 0 and 1 are in runs/hangs/logs/stacks" in said
     stacks = stacks_folder(run / "logs")
     for rank in (0, 1):
         assert "in score_rollouts" in (stacks / f"rank_00{rank}.txt").read_text()
-    assert 'sleepy.py", line 4 in score' in (stacks / "rank_000_scoring.txt").read_text()
+    assert 'sleepy.py", line 8 in score' in (stacks / "rank_000_scoring.txt").read_text()
     errors = [json.loads(path.read_text()) for path in (run / "logs").glob("error_rank*.json")]
     assert ended - min(error["time"] for error in errors) < 10
 
