@@ -37,9 +37,9 @@ class PackedLayout(PackedSeqParams):
         pieces = [*lengths, padding] if padding else list(lengths)
         longest = max(pieces)
         cu_seqlens = torch.tensor([0, *pieces], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        slots = torch.cat(
-            [torch.arange(length) + row * longest for row, length in enumerate(pieces)]
-        )
+        # Where each row begins in the padded batch, less where its sequence does in the packed one.
+        shifts = torch.arange(len(pieces)) * longest - cu_seqlens[:-1]
+        slots = torch.arange(total) + shifts.repeat_interleave(torch.tensor(pieces))
         cu_seqlens = cu_seqlens.to(device)
         return cls(
             qkv_format="thd",
@@ -105,7 +105,11 @@ class KeyValueCache(StaticInferenceContext):
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention with a cache of rotated keys in rollouts."""
+    """Megatron's self-attention with a cache of rotated keys in rollouts.
+
+    It rotates queries and keys itself: Megatron rotates packed sequences one after the other, in
+    Python, and asks the device for their lengths in every layer.
+    """
 
     def _adjust_key_value_for_inference(
         self,
@@ -117,14 +121,11 @@ class CachedSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if not isinstance(inference_context, KeyValueCache):
-            return super()._adjust_key_value_for_inference(
-                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
-            )
-        # rotary_pos_emb holds the angles of the new tokens only; see PolicyModel._preprocess.
+        # rotary_pos_emb holds the angle of each of these tokens; see PolicyModel._preprocess.
         query = apply_rotary_pos_emb(query, rotary_pos_emb[0], config=self.config)
         key = apply_rotary_pos_emb(key, rotary_pos_emb[1], config=self.config)
-        key, value = inference_context.append(self.layer_number, key, value)
+        if isinstance(inference_context, KeyValueCache):
+            key, value = inference_context.append(self.layer_number, key, value)
         return query, key, value, None, self.attn_mask_type, None
 
 

@@ -43,15 +43,15 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose rollouts take their positions from a `KeyValueCache`."""
+    """GPTModel that rotates every token by its own position, packed or in a `KeyValueCache`."""
 
     def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, **kwargs: Any) -> Any:
         out: Any = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        cache = kwargs.get("inference_context")
-        if not isinstance(cache, KeyValueCache):
+        cache, layout = kwargs.get("inference_context"), kwargs.get("packed_seq_params")
+        if not isinstance(cache, KeyValueCache) and not isinstance(layout, PackedLayout):
             return out
         decoder_input, angles, *rest = out
-        # (b, s) positions -> angles (s, b, 1, dim) of the new tokens.
+        # (b, s) positions -> angles (s, b, 1, dim) of these tokens, in place of one table for all.
         return decoder_input, angles[:, 0, 0][position_ids.t()][:, :, None, :], *rest
 
 

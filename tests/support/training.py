@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from proma_megatron.batching.packing import loss_tokens, pack
 from proma_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -26,6 +28,19 @@ SEED = 7
 class Forward:
     logits: torch.Tensor  # (T, V)
     logprobs: torch.Tensor  # (T,)
+    operations: int  # that the forward pass asked of torch
+
+
+class _Counting(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def packed_forwards(
@@ -37,11 +52,11 @@ def packed_forwards(
         found = []
         for sequences, multiple in cases:
             microbatch = pack(sequences, 0, 1.0, device, multiple)
-            with torch.no_grad(), topology.megatron_calls():
+            with torch.no_grad(), topology.megatron_calls(), _Counting() as counting:
                 logits = policy.forward_packed(policy.chunks[0], microbatch)[0]
             logprobs = evaluate_logprobs(policy, [microbatch])
             assert logprobs is not None
-            found.append(Forward(logits.cpu(), logprobs[0].cpu()))
+            found.append(Forward(logits.cpu(), logprobs[0].cpu(), counting.count))
         return found
 
 
