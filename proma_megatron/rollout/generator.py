@@ -88,29 +88,32 @@ def _decode(
     options: SamplingOptions,
     interrupt: Interrupt | None,
 ) -> list[Completion]:
-    device = policy.topology.device
+    device, count = policy.topology.device, len(prompts)
     longest = max(len(prompt) for prompt in prompts)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    cache = KeyValueCache(len(prompts), longest + options.max_new_tokens, padding)
+    cache = KeyValueCache(count, longest + options.max_new_tokens, padding)
     inputs = torch.tensor(
         [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
     )
     noise = noise.to(device)
     ends = torch.tensor(stops, device=device)
-    active = torch.arange(len(prompts), device=device)  # rows of the cache -> prompts
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by row of the cache
+    active = torch.arange(count, device=device)  # rows of the cache -> prompts
+    done = torch.zeros(count, dtype=torch.bool, device=device)  # by row of the cache
+    # What was drawn stays on the device until all is: a host that reads every token waits for each.
+    tokens = torch.zeros((options.max_new_tokens, count), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((options.max_new_tokens, count), dtype=torch.float64, device=device)
+    lengths = torch.zeros(count, dtype=torch.int64, device=device)
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
     for position in range(options.max_new_tokens):
         if interrupt is not None and position % LOOK_TOKENS == LOOK_TOKENS - 1 and interrupt():
             raise Interrupted
         logits = _next_logits(policy, cache, inputs)
         uniform = None if options.greedy else noise[active, position]
         drawn, scores = _draw(policy, logits, uniform, options, len(active))
-        for row, token, score in zip(active.tolist(), drawn.tolist(), scores.tolist(), strict=True):
-            tokens[row].append(token)
-            logprobs[row].append(score)
+        tokens[position, active], logprobs[position, active] = drawn, scores
+        lengths.index_add_(0, active, (~done).long())
         done |= torch.isin(drawn, ends)
+        finished[active] = done
         alive = (~done).nonzero()[:, 0]
         if not len(alive):
             break
@@ -119,15 +122,16 @@ def _decode(
             cache.keep(alive)
             active, drawn, done = active[alive], drawn[alive], done[alive]
         inputs = drawn[:, None]
-    return [_cut(found, scores, stops) for found, scores in zip(tokens, logprobs, strict=True)]
-
-
-def _cut(tokens: list[int], logprobs: list[float], stops: Sequence[int]) -> Completion:
-    """Up to and with the first token that ends a completion."""
-    first = next((i for i, token in enumerate(tokens) if token in stops), None)
-    finished = first is not None
-    length = first + 1 if first is not None else len(tokens)
-    return Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished)
+    return [
+        Completion(tuple(found[:length]), tuple(scores[:length]), ended)
+        for found, scores, length, ended in zip(
+            tokens.t().tolist(),
+            logprobs.t().tolist(),
+            lengths.tolist(),
+            finished.tolist(),
+            strict=True,
+        )
+    ]
 
 
 def _next_logits(policy: Policy, cache: KeyValueCache, inputs: torch.Tensor) -> torch.Tensor | None:
