@@ -96,7 +96,7 @@ class KeyValueCache(StaticInferenceContext):
         return ((future[None] | unused[:, None, :]) & ~itself[None])[:, None]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but these (indices into the batch)."""
+        """Replace the rows by these (indices into the batch), some of them more than once."""
         self.padding = self.padding[rows]
         self.max_batch_size = len(rows)
         for layer, (keys, values) in self.layers.items():

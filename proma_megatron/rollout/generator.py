@@ -89,11 +89,12 @@ def _decode(
     interrupt: Interrupt | None,
 ) -> list[Completion]:
     device, count = policy.topology.device, len(prompts)
-    longest = max(len(prompt) for prompt in prompts)
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    cache = KeyValueCache(count, longest + options.max_new_tokens, padding)
+    distinct, owner = _distinct(prompts)
+    longest = max(len(prompt) for prompt in distinct)
+    padding = torch.tensor([longest - len(prompt) for prompt in distinct], device=device)
+    cache = KeyValueCache(len(distinct), longest + options.max_new_tokens, padding)
     inputs = torch.tensor(
-        [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
+        [[0] * (longest - len(prompt)) + list(prompt) for prompt in distinct], device=device
     )
     noise = noise.to(device)
     ends = torch.tensor(stops, device=device)
@@ -108,6 +109,10 @@ def _decode(
         if interrupt is not None and position % LOOK_TOKENS == LOOK_TOKENS - 1 and interrupt():
             raise Interrupted
         logits = _next_logits(policy, cache, inputs)
+        if position == 0 and len(distinct) < count:
+            rows = torch.tensor(owner, device=device)
+            cache.keep(rows)
+            logits = None if logits is None else logits[rows]
         uniform = None if options.greedy else noise[active, position]
         drawn, scores = _draw(policy, logits, uniform, options, len(active))
         tokens[position, active], logprobs[position, active] = drawn, scores
@@ -132,6 +137,13 @@ def _decode(
             strict=True,
         )
     ]
+
+
+def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Each prompt once, and where each one is among these: samples share what the prompt costs."""
+    places: dict[tuple[int, ...], int] = {}
+    owner = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    return list(places), owner
 
 
 def _next_logits(policy: Policy, cache: KeyValueCache, inputs: torch.Tensor) -> torch.Tensor | None:

@@ -56,6 +56,7 @@ def run(
     cases: list[Case],
     vocabulary: int = VOCAB,
     model: ModelConfig = TINY,
+    prompts: list[tuple[int, ...]] | None = None,
 ) -> list[list[Decoded]]:
     """The cases by rank."""
     return workers.run(
@@ -64,7 +65,7 @@ def run(
         model=model,
         parallel=parallel,
         vocab_size=vocabulary,
-        prompts=prompts_of(vocabulary),
+        prompts=prompts or prompts_of(vocabulary),
         noise=noise(),
         cases=cases,
     )
@@ -118,6 +119,19 @@ def test_order_of_prompts_is_the_order_of_completions(alone: dict[str, Decoded])
     backwards = alone["sampled backwards"].completions[::-1]
     assert_same(backwards, alone["sampled 8"].completions)
     assert len({completion.tokens for completion in backwards}) == len(ALL)
+
+
+def test_samples_of_a_prompt_share_its_forward_pass_and_nothing_else(workers: WorkerPool) -> None:
+    prompts = prompts_of(VOCAB)
+    prompts[4], prompts[5], prompts[0] = prompts[3], prompts[2], prompts[2]
+    together, *singles = [Case(SAMPLED, ALL), *(Case(SAMPLED, (row,)) for row in ALL)]
+    one = run(workers, ParallelConfig(), [together, *singles], prompts=prompts)[0]
+    several = run(workers, LAYOUTS["PP2"], [together], prompts=prompts)[0]
+    alone = [decoded.completions[0] for decoded in one[1:]]
+    assert len({completion.tokens for completion in alone}) == len(ALL)
+    for found in (one[0], several[0]):
+        assert_same(found.completions, alone)
+        assert found.decoding == [(5, max(LENGTHS))] + [(len(ALL), 1)] * (NEW - 1)
 
 
 # --------------------------------------------------------------------------- layouts
