@@ -339,6 +339,9 @@ class TrainerConfig(ProcessConfig):
     # before the first of them.
     max_skipped_steps: PositiveInt = 5
     log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
+    # Write where the time goes to logs/: seconds by phase (profile.txt), and a torch profiler trace
+    # of the second RL step, or of the only one. Changes no result.
+    profile: bool = False
 
 
 TRAINING = {"purpose": "training"}  # validation context: a policy may also only be read

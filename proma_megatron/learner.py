@@ -6,7 +6,8 @@ that is not finite is skipped on all of them; `nonfinite.py` says what that mean
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -55,9 +56,18 @@ class Learner:
     """
 
     def __init__(
-        self, config: RunConfig, policy: Policy, accumulator: Accumulator | None = None
+        self,
+        config: RunConfig,
+        policy: Policy,
+        accumulator: Accumulator | None = None,
+        watch: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """
+        Args:
+            watch: what to enter for a part of a step, by its name.
+        """
         self.config, self.policy, self.accumulator = config, policy, accumulator
+        self.watch = watch
         self.loss = loss_options(config)
         self.offences: list[Offence] = []
 
@@ -97,7 +107,8 @@ class Learner:
                 metrics, skipped = optimizer.skip() | metrics, skipped + 1
                 continue
             last = sums
-            metrics |= optimizer.step()
+            with self.watch("optimizer"):
+                metrics |= optimizer.step()
             if self.accumulator is not None:
                 mine = self.accumulator.tally.units()
                 units = diagnostics.merge([units, diagnostics.gather(mine, self.policy.topology)])
@@ -135,10 +146,12 @@ class Learner:
         self.offences = []
         found = self._accumulate(sequences, float(loss_tokens(sequences)), SUPERVISED, None, 1.0)
         finite = self._is_finite(found, 0)
+        with self.watch("optimizer"):
+            figures = optimizer.step() if finite else optimizer.skip()
         return {
             "loss/supervised": found.sums.surprise / found.sums.tokens,
             "optimizer/skipped": float(not finite),
-            **(optimizer.step() if finite else optimizer.skip()),
+            **figures,
         }
 
     def _is_finite(self, found: Accumulated, minibatch: int) -> bool:
@@ -252,13 +265,14 @@ class Learner:
     ) -> list[Microbatch]:
         """This replica's microbatches; the denominator counts all replicas."""
         topology = self.policy.topology
-        return [
-            pack(
-                [sequences[at] for at in members],
-                index,
-                denominator,
-                topology.device,
-                topology.tensor.size if topology.sequence_parallel else 1,
-            )
-            for index, members in enumerate(plan)
-        ]
+        with self.watch("pack"):
+            return [
+                pack(
+                    [sequences[at] for at in members],
+                    index,
+                    denominator,
+                    topology.device,
+                    topology.tensor.size if topology.sequence_parallel else 1,
+                )
+                for index, members in enumerate(plan)
+            ]

@@ -11,7 +11,7 @@ nonfinite/        microbatches of updates that were skipped, for `proma grads`
 unscored_*.jsonl  rollouts that a failing reward function left without one
 tensorboard/      event files
 checkpoints/      weights, optimizer state and position
-logs/             output of each rank, errors, Python stacks, why the run stopped
+logs/             output of each rank, errors, Python stacks, why the run stopped, the profile
 """
 
 from __future__ import annotations

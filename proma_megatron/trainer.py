@@ -28,6 +28,7 @@ from proma_megatron.nonfinite import NonFiniteError, dump
 from proma_megatron.output import complete_or_absent
 from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.optimizer import Optimizer
+from proma_megatron.profiling import Off, Profile, Profiler
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.records import RolloutGroup, StepReport, TrainingSequence
 from proma_megatron.references import Batch, Divergences, References, due
@@ -78,7 +79,12 @@ class Trainer:
             distributed_optimizer=config.optimizer.distributed,
         )
         self.accumulator = self._build_accumulator()
-        self.learner = Learner(config, self.policy, self.accumulator)
+        self.profile: Profiler = Off()
+        if config.trainer.profile and topology.is_main:
+            title = f"{config.name}: profile of rank 0 of {topology.world_size}"
+            self.profile = Profile(run_dir.logs, title, topology.device)
+            self.profile.observe(self.policy.config, self.accumulator)
+        self.learner = Learner(config, self.policy, self.accumulator, self.profile.phase)
         self.references = References(config, self.learner)
         self.divergences = Divergences(config, self.learner, self.references.needs_step)
         self.optimizer: Optimizer | None = None  # built once the weights are there
@@ -86,7 +92,7 @@ class Trainer:
         self.demonstrations = Demonstrations(
             data.supervised, data.tokenizer, config.warm_start.guesses, config.seed
         )
-        self.stopwatch = Stopwatch(watch=self.phases.phase)
+        self.stopwatch = Stopwatch(watch=self._watched)
         self.skipped = 0  # steps in a row without any update
         self.joined = False  # whether the weights are in the lagged mean already
         self.here = Position()  # after the last step
@@ -107,6 +113,11 @@ class Trainer:
             tied=self.config.model.tie_embeddings,
         )
 
+    @contextmanager
+    def _watched(self, phase: str) -> Iterator[None]:
+        with self.phases.phase(phase), self.profile.phase(phase):
+            yield
+
     # ------------------------------------------------------------------ the run
 
     def run(self, resume: bool = False) -> None:
@@ -120,7 +131,7 @@ class Trainer:
                 them is saved.
             StorageError: the disk does not take what the run has to keep.
         """
-        with self._kept():
+        with self._profiled(), self._kept():
             newest = self.keeper.newest() if resume else None
             if newest is None or is_warm_start(newest):
                 self._begin(newest)
@@ -133,6 +144,21 @@ class Trainer:
             if self.config.trainer.steps:  # else only the policy that RL would start from is wanted
                 self._reinforce()
             self._finish_save()
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """The profile is told at the end, or when the run was asked to stop."""
+        try:
+            yield
+        except RunStopped:
+            self._tell_profile()
+            raise
+        self._tell_profile()
+
+    def _tell_profile(self) -> None:
+        told = self.profile.finish()
+        if told is not None:
+            self.reporter.message(told)
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -166,7 +192,7 @@ class Trainer:
             self.reporter.write(StepReport(0, metrics), "rl")
         for step in range(self.here.step + 1, total + 1):
             self._look_up()
-            with self.stops.step():
+            with self.stops.step(), self.profile.step(step, last=step == total):
                 self.step(step)
 
     def step(self, step: int) -> None:
@@ -192,9 +218,18 @@ class Trainer:
                     metrics |= self.divergences.after_step(step, batch)
             if not self.skipped:
                 self.references.adapt(metrics)
+        self._count_tokens(metrics)
         metrics |= self.stopwatch.seconds()
         samples = samples_of(groups, self.config.trainer.log_samples)
         self._conclude(StepReport(step, metrics, samples))
+
+    def _count_tokens(self, metrics: Mapping[str, float]) -> None:
+        """Tell the profile what this step has sampled, also in rounds whose groups it left out."""
+        rollout = self.config.rollout
+        sampled = metrics.get("rollout/rounds", 1.0) * rollout.prompts_per_step
+        sampled *= rollout.samples_per_prompt * metrics["rollout/length"]
+        self.profile.count("rollout", round(sampled))
+        self.profile.count("train", round(metrics["tokens/trained"]))
 
     def _conclude(self, report: StepReport) -> None:
         """Validate if it is due, report the step, save if that is due."""
@@ -314,6 +349,7 @@ class Trainer:
             with self.stops.step(), self.stopwatch.phase("warm_start"):
                 sequences = self.demonstrations.take(warm.sequences_per_step)
                 metrics = self.learner.supervise(sequences, optimizer)
+            self.profile.count("warm_start", sum(len(s.tokens) for s in sequences))
             self.stopwatch.seconds()
             metrics["seconds/step"] = time.perf_counter() - started
             self._count_skipped("warm_start", step, metrics)
