@@ -196,7 +196,7 @@ class Learner:
             For each sequence L numbers, on every rank.
         """
         topology = self.policy.topology
-        plan = self._plans(sequences)[topology.data.rank]
+        plan = self._plan(sequences)
         mine: dict[int, tuple[float, ...]] = {}
         for members, (microbatch, values) in zip(
             plan, self._evaluated(sequences, plan), strict=True
@@ -216,16 +216,25 @@ class Learner:
 
     def divergence(self, sequences: Sequence[TrainingSequence]) -> float:
         """KL(sampling policy, policy) per token: the k3 estimate on these rollouts."""
-        topology = self.policy.topology
-        plan = self._plans(sequences)[topology.data.rank]
+        return self._divergence(self._evaluated(sequences, self._plan(sequences)))
+
+    def divergence_of_reference(self, sequences: Sequence[TrainingSequence]) -> float:
+        """What `divergence` says with the weights of the reference policy, without a forward pass.
+
+        The sequences carry its log-probabilities.
+        """
+        microbatches = self._pack(sequences, self._plan(sequences), 1.0)
+        return self._divergence([(m, m.reference_logprobs) for m in microbatches])
+
+    def _divergence(self, evaluated: Sequence[tuple[Microbatch, torch.Tensor | None]]) -> float:
         total, count = 0.0, 0.0
-        for microbatch, values in self._evaluated(sequences, plan):
+        for microbatch, values in evaluated:
             if values is None:
                 continue
             mask = microbatch.loss_mask > 0
             total += kl_estimate(values[mask], microbatch.old_logprobs[mask])
             count += float(mask.sum())
-        shares = topology.gather_over_data(self._agreed((total, count)))
+        shares = self.policy.topology.gather_over_data(self._agreed((total, count)))
         return sum(total for total, _ in shares) / max(1.0, sum(count for _, count in shares))
 
     def _agreed[Value](self, value: Value) -> Value:
@@ -259,6 +268,10 @@ class Learner:
             topology.data.size,
             multiple,
         )
+
+    def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
+        """This replica's microbatches."""
+        return self._plans(sequences)[self.policy.topology.data.rank]
 
     def _pack(
         self, sequences: Sequence[TrainingSequence], plan: Plan, denominator: float

@@ -123,7 +123,8 @@ class References:
 class Divergences:
     """KL to earlier policies, measured on a step's rollouts, as in figure 2 of arXiv:2601.10498.
 
-    Each is one forward pass over the step's sequences, and the k3 estimate of the KL per token:
+    Each is one forward pass over the step's sequences, unless a penalty has made the same one, and
+    the k3 estimate of the KL per token:
 
     - ``policy/kl_initial``: from the policy that RL started from;
     - ``policy/kl_lagged``: from the mean of the weights of the ``trainer.lag_steps`` policies
@@ -174,10 +175,16 @@ class Divergences:
         if self._step_due(step):
             found["policy/kl_step"] = self.learner.divergence(_flat(batch))
         if self._initial_due(step):
-            assert self.initial is not None
-            with self.initial.in_place():
-                found["policy/kl_initial"] = self.learner.divergence(_flat(batch))
+            found["policy/kl_initial"] = self._to_initial(_flat(batch))
         return found
+
+    def _to_initial(self, sequences: Sequence[TrainingSequence]) -> float:
+        if all(sequence.reference_logprobs is not None for sequence in sequences):
+            # The reference of a KL penalty is that very policy: it was asked before the step.
+            return self.learner.divergence_of_reference(sequences)
+        assert self.initial is not None
+        with self.initial.in_place():
+            return self.learner.divergence(sequences)
 
     def _initial_due(self, step: int) -> bool:
         return due(step, self.config.kl_every, self.config.steps)

@@ -196,6 +196,9 @@ def test_references_and_divergences_are_those_of_the_whole_policy(
     assert found["moved"]["policy/kl_step"] == pytest.approx(k3, rel=1e-9)
     assert k3 > 1e-4
     assert found["moved"]["policy/kl_initial"] == pytest.approx(0, abs=1e-13)
+    forward, reused = found["initial"]
+    assert forward > 1e-4
+    assert reused == forward
     # Before step 2 the mean of earlier policies is still the initial one.
     assert found["lagged"] == pytest.approx([0, 0], abs=1e-13)
     for s, old, new, attached in zip(sequences, before, after, found["batch"], strict=True):

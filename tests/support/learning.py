@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -106,7 +107,8 @@ def looks(
         before = learner.logprobs(sequences)
         weights = gathered(policy, "weight")
         sampled = [
-            replace(s, old_logprobs=found) for s, found in zip(sequences, before, strict=True)
+            replace(s, old_logprobs=found, reference_logprobs=None)
+            for s, found in zip(sequences, before, strict=True)
         ]
         found: dict[str, Any] = {"before": before, "own": learner.divergence(sampled)}
         found["lagged"] = [divergences.to_lagged(1, [sampled])["policy/kl_lagged"]]
@@ -115,6 +117,13 @@ def looks(
         found["moved"] = divergences.after_step(1, [sampled])
         found["lagged"].append(divergences.to_lagged(2, [sampled])["policy/kl_lagged"])
         found["batch"] = references.attach([sequences], initial)[0][0]
+        forgetful = [replace(s, reference_logprobs=None) for s in found["batch"]]
+        found["initial"] = [divergences.after_step(1, [forgetful])["policy/kl_initial"]]
+        divergences.of_every_step = False
+        with mock.patch.object(learner, "_evaluated", side_effect=AssertionError("a forward pass")):
+            found["initial"].append(
+                divergences.after_step(1, [found["batch"]])["policy/kl_initial"]
+            )
         with initial.in_place():
             inside = gathered(policy, "weight")
         restored = gathered(policy, "weight")
