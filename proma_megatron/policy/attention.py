@@ -149,6 +149,12 @@ class CoreAttention(MegatronModule):
             return _packed_attention(query, key, value, packed_seq_params)
         assert attention_mask is not None, "attention needs a packed layout or a mask"
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if query.shape[2] == 1:
+            # The heads that share keys are as many queries of them: repeating the keys would copy
+            # the whole cache for every token.
+            grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=~attention_mask)
+            return out.flatten(1)[None]
         out = F.scaled_dot_product_attention(
             query,
             _repeat_heads(key, query.shape[1]),

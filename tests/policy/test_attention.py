@@ -74,6 +74,17 @@ def test_a_token_sees_itself_and_its_past_and_nothing_else() -> None:
         assert (value.abs().sum(dim=(1, 2)) > 0).tolist() == expected, f"token {t}"
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_token_decoded_alone_attends_as_the_last_of_several(groups: int) -> None:
+    rows = [random_qkv(6, groups, seed) for seed in range(3)]
+    query, key, value = (torch.stack(x, dim=1).detach() for x in zip(*rows, strict=True))
+    cache = KeyValueCache(3, 6, torch.tensor([0, 2, 4]))
+    several = CoreAttention(SimpleNamespace())(query, key, value, cache.mask(6))
+    cache.length = 5
+    alone = CoreAttention(SimpleNamespace())(query[-1:], key, value, cache.mask(1))
+    torch.testing.assert_close(alone, several[-1:], rtol=0, atol=1e-13)
+
+
 def test_padding_changes_neither_values_nor_gradients() -> None:
     tight = random_qkv(sum(LENGTHS), groups=2)
     tail = random_qkv(7, groups=2, seed=2)
