@@ -6,6 +6,7 @@ whole cache at every step; both are replaced here on top of scaled_dot_product_a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,40 +18,79 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 
+# Sequences up to this length attend together whatever their lengths: padding costs less than calls.
+SHORT = 128
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sequences of like length, which attend together, padded to the longest of them."""
+
+    slots: torch.Tensor  # (n,) places of their n tokens in (rows * longest)
+    rows: int
+    longest: int
+
 
 @dataclass
 class PackedLayout(PackedSeqParams):
-    """Megatron's packed-sequence parameters with the index that unpacks them.
+    """Megatron's packed-sequence parameters, and how the sequences are unpacked for attention.
 
-    ``slots`` (T,) places token t of sequence s at ``s * longest + position``. Padding tokens, if
-    any, form one last sequence.
+    Attention costs the square of a sequence's length, and padding counts. Sequences therefore stand
+    in blocks of like length: none is padded to more than about 1.4 times its length, unless short.
+    Padding tokens, if any, form one last sequence.
     """
 
-    slots: torch.Tensor | None = None
-    rows: int = 0
-    longest: int = 0
+    blocks: tuple[Block, ...] = ()
+    order: torch.Tensor | None = None  # (T,) tokens in the order of blocks; None: they are in it
+    inverse: torch.Tensor | None = None  # (T,) where each token is in that order
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], total: int, device: torch.device) -> PackedLayout:
         """Layout of sequences of these lengths, padded to ``total`` tokens."""
         padding = total - sum(lengths)
         pieces = [*lengths, padding] if padding else list(lengths)
-        longest = max(pieces)
         cu_seqlens = torch.tensor([0, *pieces], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        # Where each row begins in the padded batch, less where its sequence does in the packed one.
-        shifts = torch.arange(len(pieces)) * longest - cu_seqlens[:-1]
-        slots = torch.arange(total) + shifts.repeat_interleave(torch.tensor(pieces))
+        members = _alike(pieces)
+        order = inverse = None
+        if len(members) > 1:
+            starts = cu_seqlens.tolist()
+            spans = [range(starts[i], starts[i + 1]) for block in members for i in block]
+            order = torch.tensor([token for span in spans for token in span], device=device)
+            inverse = order.argsort()
         cu_seqlens = cu_seqlens.to(device)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            slots=slots.to(device),
-            rows=len(pieces),
-            longest=longest,
+            max_seqlen_q=max(pieces),
+            max_seqlen_kv=max(pieces),
+            blocks=tuple(_block([pieces[i] for i in block], device) for block in members),
+            order=order,
+            inverse=inverse,
         )
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of the lengths in blocks; none is below 1 / sqrt(2) of a longer one that is not short.
+
+    Within a block they keep their order.
+    """
+    blocks: list[list[int]] = []
+    longest = 0
+    for at in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not blocks or (longest > SHORT and 2 * lengths[at] ** 2 < longest**2):
+            blocks.append([])
+            longest = lengths[at]
+        blocks[-1].append(at)
+    return [sorted(block) for block in blocks]
+
+
+def _block(lengths: Sequence[int], device: torch.device) -> Block:
+    pieces, longest = torch.tensor(lengths), max(lengths)
+    # Where each row begins in the padded batch, less where its sequence does in the packed one.
+    shifts = torch.arange(len(lengths)) * longest - (pieces.cumsum(0) - pieces)
+    slots = torch.arange(sum(lengths)) + shifts.repeat_interleave(pieces)
+    return Block(slots.to(device), len(lengths), longest)
 
 
 class KeyValueCache(StaticInferenceContext):
@@ -168,13 +208,26 @@ def _packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
 ) -> torch.Tensor:
     """(T, heads, dim) -> (T, heads * dim), each sequence on its own."""
-    slots = layout.slots
-    assert slots is not None
+    order, inverse = layout.order, layout.inverse
+    if order is None or inverse is None:
+        (block,) = layout.blocks
+        return _block_attention(query, key, value, block)
+    sizes = [len(block.slots) for block in layout.blocks]
+    parts = zip(*(x.index_select(0, order).split(sizes) for x in (query, key, value)), strict=True)
+    found = [_block_attention(*qkv, b) for qkv, b in zip(parts, layout.blocks, strict=True)]
+    return torch.cat(found).index_select(0, inverse)
+
+
+def _block_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: Block
+) -> torch.Tensor:
+    """(n, heads, dim) -> (n, heads * dim)."""
 
     def unpack(x: torch.Tensor) -> torch.Tensor:
         # index_copy and not advanced indexing: its backward is a gather, which is deterministic.
-        dense = x.new_zeros((layout.rows * layout.longest, *x.shape[1:])).index_copy(0, slots, x)
-        return dense.unflatten(0, (layout.rows, layout.longest)).transpose(1, 2)
+        dense = x.new_zeros((block.rows * block.longest, *x.shape[1:]))
+        dense = dense.index_copy(0, block.slots, x)
+        return dense.unflatten(0, (block.rows, block.longest)).transpose(1, 2)
 
     query, key, value = unpack(query), unpack(key), unpack(value)
     out = F.scaled_dot_product_attention(
@@ -183,7 +236,7 @@ def _packed_attention(
         _repeat_heads(value, query.shape[1]),
         is_causal=True,
     )
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, slots).flatten(1)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, block.slots).flatten(1)
 
 
 def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

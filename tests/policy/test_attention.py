@@ -10,6 +10,7 @@ from support.gradients import TINY, random_batch
 from support.pool import WorkerPool
 from support.training import Forward, packed_forwards
 
+from proma_megatron.policy import attention
 from proma_megatron.policy.attention import CoreAttention, KeyValueCache, PackedLayout
 
 CPU = torch.device("cpu")
@@ -52,8 +53,13 @@ def one_at_a_time(qkv: QKV, lengths: tuple[int, ...]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_packed_attention_equals_one_sequence_at_a_time(groups: int) -> None:
+@pytest.mark.parametrize(("groups", "short"), [(1, 128), (2, 128), (4, 128), (2, 4)])
+def test_packed_attention_equals_one_sequence_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, groups: int, short: int
+) -> None:
+    monkeypatch.setattr(attention, "SHORT", short)
+    blocks = [(b.rows, b.longest) for b in PackedLayout.of(LENGTHS, sum(LENGTHS), CPU).blocks]
+    assert blocks == ([(4, 8)] if short == 128 else [(1, 8), (1, 5), (2, 3)])
     qkv = random_qkv(sum(LENGTHS), groups)
     fast, slow = packed(qkv, LENGTHS), one_at_a_time(qkv, LENGTHS)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-13)
@@ -72,6 +78,14 @@ def test_a_token_sees_itself_and_its_past_and_nothing_else() -> None:
         expected = [owner[j] == owner[t] and j <= t for j in range(len(out))]
         _, _, value = torch.autograd.grad(out[t].abs().sum(), qkv, retain_graph=True)
         assert (value.abs().sum(dim=(1, 2)) > 0).tolist() == expected, f"token {t}"
+
+
+@pytest.mark.parametrize("lengths", [(700, 90, 300, 128, 1), (700, 600, 500), (900, 600, 500, 9)])
+def test_no_long_sequence_is_padded_to_much_more(lengths: tuple[int, ...]) -> None:
+    layout = PackedLayout.of(lengths, sum(lengths), CPU)
+    padded = sum(block.rows * block.longest**2 for block in layout.blocks)
+    assert padded <= 2 * sum(length**2 for length in lengths) + len(lengths) * attention.SHORT**2
+    assert sum(block.rows for block in layout.blocks) == len(lengths)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
