@@ -243,7 +243,8 @@ def rollout_peak(device: torch.device, config: RunConfig, vocab_size: int) -> De
 
     with layout(config.parallel, device, 0) as topology:
         policy = _policy(config, vocab_size, topology)
-        prompts = [[1 + i % 3] * rollout.max_prompt_tokens for i in range(rollout.batch_size)]
+        # All different, the fullest case: samples of one prompt would share what it costs.
+        prompts = [[1 + i] * rollout.max_prompt_tokens for i in range(rollout.batch_size)]
         noise = torch.rand((len(prompts), rollout.max_new_tokens), dtype=torch.float64)
         options = SamplingOptions(
             top_p=rollout.top_p,
