@@ -55,7 +55,7 @@ class PackedLayout(PackedSeqParams):
         if len(members) > 1:
             starts = cu_seqlens.tolist()
             spans = [range(starts[i], starts[i + 1]) for block in members for i in block]
-            order = torch.tensor([token for span in spans for token in span], device=device)
+            order = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(device)
             inverse = order.argsort()
         cu_seqlens = cu_seqlens.to(device)
         return cls(
@@ -214,7 +214,10 @@ def _packed_attention(
         return _block_attention(query, key, value, block)
     sizes = [len(block.slots) for block in layout.blocks]
     parts = zip(*(x.index_select(0, order).split(sizes) for x in (query, key, value)), strict=True)
-    found = [_block_attention(*qkv, b) for qkv, b in zip(parts, layout.blocks, strict=True)]
+    found = [
+        _block_attention(q, k, v, block)
+        for (q, k, v), block in zip(parts, layout.blocks, strict=True)
+    ]
     return torch.cat(found).index_select(0, inverse)
 
 
