@@ -231,7 +231,10 @@ class ProjectionConfig(Section):
     parameters: Literal["all", "linear"] = "all"
     unit: Literal["huggingface", "megatron"] = "huggingface"
     data_parallel: Literal["replica"] = "replica"
-    workspace_mb: PositiveInt = 512  # for materialized sequence gradients of one layer
+    workspace_mb: PositiveInt = 512  # half for sequence gradients of one layer, half for blocks
+    # Sequence gradients of a weight: kept until the layer is solved where they fit (materialize),
+    # formed in passing (stream), or what was measured to be faster (auto).
+    gradients: Literal["auto", "materialize", "stream"] = "auto"
 
     @property
     def acts_alone(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -122,6 +122,7 @@ class Sequences:
 
     offsets: tuple[int, ...]  # (k + 1,) start of each sequence, and the end of the last
     owner: torch.Tensor  # (T,) int64 sequence of each token, k for padding
+    _indicators: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], total: int, device: torch.device) -> Sequences:
@@ -134,11 +135,31 @@ class Sequences:
     def count(self) -> int:
         return len(self.offsets) - 1
 
-    def indicator(self, start: int, length: int) -> torch.Tensor:
-        """(k, length) float64, 1 where token ``start + j`` belongs to the sequence."""
-        owner = self.owner[start : start + length]
-        ids = torch.arange(self.count, device=owner.device)
-        return (owner[None, :] == ids[:, None]).double()
+    def indicator(self, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """(k, length), 1 where token ``start + j`` belongs to the sequence."""
+        if dtype not in self._indicators:  # every norm of every layer asks for it
+            ids = torch.arange(self.count, device=self.owner.device)
+            self._indicators[dtype] = (self.owner[None, :] == ids[:, None]).to(dtype)
+        return self._indicators[dtype][:, start : start + length]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in pairwise(self.offsets))
+
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        """One row a token (T, n) -> (k, L, n) for the longest sequence's L, with rows of 0."""
+        return torch.cat([values, values.new_zeros(1, values.shape[1])])[self._places]
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        """(k, L) the token at each place of each sequence, T where there is none."""
+        starts, lengths = (
+            torch.tensor(found, device=self.owner.device)
+            for found in (self.offsets[:-1], self.lengths)
+        )
+        along = torch.arange(max(self.lengths), device=self.owner.device)
+        inside = along < lengths[:, None]
+        return torch.where(inside, starts[:, None] + along, len(self.owner))
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         """One value a sequence (k,) -> one a token (T,), 0 on padding."""

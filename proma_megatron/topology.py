@@ -92,6 +92,12 @@ class Topology:
         )
         return box[0]
 
+    def from_rank_0[Value](self, values: list[Value]) -> list[Value]:
+        """Broadcast picklable objects from the first rank of all to the others."""
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values
+
     def gather_over_data(self, value: Any) -> list[Any]:
         """One picklable object from every replica, in replica order, on every rank."""
         if self.data.size == 1:

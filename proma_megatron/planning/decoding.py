@@ -43,7 +43,9 @@ def _moments(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> I
     masks = batch * prompt * prompt * (2 + e)  # allowed, forbidden, and as numbers to add
     layer = tokens * (2 * sizes.hidden + max(mlp, attention)) * e
     yield Moment("prompts", activations=layer + masks, kv_cache=cache)
-    step = batch * (length * repeated + 2 * sizes.hidden + max(mlp, attention)) * e
+    # One token's queries attend in groups, to keys and values as they are cached.
+    scores = 2 * length * (sizes.query // config.model.head_dim) * sizes.precision.wide
+    step = batch * ((2 * sizes.hidden + max(mlp, attention)) * e + scores)
     yield Moment("decoding", activations=step, kv_cache=cache)
     logits = 0
     if stage.last:

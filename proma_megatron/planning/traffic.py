@@ -70,12 +70,14 @@ def _looks(config: RunConfig) -> Fraction:
     looks = Fraction(0)
     every_step = loss.kl.target is not None and loss.kl.reference == "rollout"
     step_every = 1 if every_step else trainer.kl_step_every
-    for every in (trainer.kl_every, step_every, trainer.kl_lagged_every):
+    penalty = bool(loss.kl.coefficient) and loss.kl.reference == "initial"
+    # A penalty's reference says the divergence from the initial policy, too.
+    for every in (0 if penalty else trainer.kl_every, step_every, trainer.kl_lagged_every):
         if every:
             looks += Fraction(1, every)
     if loss.mismatch != "off":
         looks += 1
-    if loss.kl.coefficient and loss.kl.reference == "initial":
+    if penalty:
         looks += 1
     return looks
 
@@ -160,12 +162,14 @@ def _partial(config: RunConfig, parameter: Local) -> bool:
 def projection_numbers(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
     """float64 numbers that one microbatch's solves add up over TP on a rank.
 
-    PROMA: of a weight K (k, k), c (k,) and |A|^2 for every unit; of a norm or bias, G (k, n) and
-    A (n,). ISOPO: K, and G of norms. Intra-PROMA: see `_subspace_numbers`.
+    PROMA: of a weight half of the symmetric K (k, k), c (k,) and |A|^2 for every unit; of a norm or
+    bias, G (k, n) and A (n,). ISOPO: half of K, and G of norms. Intra-PROMA: see
+    `_subspace_numbers`.
     """
     if sizes.tensor == 1:
         return 0
     k, total = sizes.sequences, 0
+    half = k * (k + 1) // 2
     alone = config.projection.acts_alone
     separate = config.projection.unit == "huggingface"
     tied = config.model.tie_embeddings
@@ -178,11 +182,11 @@ def projection_numbers(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
         if config.projection.rule == "subspace":
             total += _subspace_numbers(config, parameter, units, sizes)
         elif alone and not _partial(config, parameter):
-            total += units * k * k if parameter.row.share is Share.ENTRIES else 0
+            total += units * half if parameter.row.share is Share.ENTRIES else 0
         elif alone:
             total += k * parameter.count
         elif len(parameter.shape) == 2:
-            total += units * (k * k + k + 1)
+            total += units * (half + k + 1)
         elif parameter.row.share is Share.ENTRIES:
             total += units * (k + 1) * parameter.count * sizes.tensor
         elif _partial(config, parameter):

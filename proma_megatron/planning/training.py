@@ -8,7 +8,7 @@ whole pass only those that grow with tokens or vocabulary are counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from proma_megatron.config import RunConfig
@@ -16,7 +16,7 @@ from proma_megatron.planning.activations import kept_by_layer, norm_backward, no
 from proma_megatron.planning.counts import Counts
 from proma_megatron.planning.shapes import EMBEDDING, HEAD, Local, Stage
 from proma_megatron.planning.sizes import Sizes
-from proma_megatron.planning.workspace import Group, is_projected, lookup_workspace
+from proma_megatron.planning.workspace import Group, LookupWorkspace, is_projected
 
 LOSS_CHUNK = 4096  # tokens whose wide logits exist at one time: CHUNK of policy/logprobs.py
 
@@ -65,6 +65,7 @@ class _Pass:
         self.projects = config.projects and (
             counts.microbatches > 1 or config.projection.acts_alone
         )
+        self.acts_alone = config.projection.acts_alone
         self.layer = kept_by_layer(sizes)
         self.recomputes = config.model.recompute == "full"
         self.widened = sizes.precision.wide > sizes.precision.compute
@@ -74,6 +75,7 @@ class _Pass:
             self.earlier += 2 * sizes.stream  # a gradient and an input that have just arrived
         if sizes.sharded_sequence:
             self.earlier += sizes.gathered  # Megatron's buffer for gathered sequences
+        self.kept, self.scratch = self._resident() if config.projects else (0, 0)
 
     # ------------------------------------------------------------------ what is kept
 
@@ -106,21 +108,9 @@ class _Pass:
         held = self._head_held() if self.stage.last else 0
         if self.stage.last:
             yield from self._loss_moments(held)
-        if self.config.projects and self.microbatches > 1:
-            yield self._handover_moment()
         yield from self._layer_moments(held)
         if self.stage.first:
             yield from self._embedding_moments(held)
-
-    def _handover_moment(self) -> Moment:
-        """The last captures of a microbatch are solved when the next one's backward begins."""
-        sizes = self.sizes
-        kept = self.earlier + self._kept_by_chunk()
-        logits = 0
-        if self.stage.last:
-            kept += norm_kept(sizes)
-            logits = self._held_earlier() + sizes.logits
-        return Moment("previous microbatch, solve", kept, logits, self._left_over()[1])
 
     def _held_earlier(self) -> int:
         """What earlier microbatches hold of `_head_held` when the loss of the newest is taken."""
@@ -135,25 +125,55 @@ class _Pass:
         parallel = self.config.parallel
         return parallel.pipeline * (2 if parallel.virtual_pipeline else 1)
 
-    def _left_over(self) -> tuple[int, int]:
-        """Bytes that wait from one backward pass to the next, and at their solve."""
-        if not self.config.projects or self.microbatches < 2:
-            return 0, 0
-        # By PROMA's rules the first microbatch's captures remove nothing.
-        projects = self.microbatches > 2 or self.config.projection.acts_alone
+    # ------------------------------------------------------------------ the workspace
+
+    def _resident(self) -> tuple[int, int]:
+        """Bytes of the workspace that stay from the first microbatch that needs them."""
+        fc1, fc2, qkv, proj = self._weights()
+        layer = [fc2, fc1, proj, qkv]
+        groups = [self._group([*self._before_layer(), *layer])]
         table = self.stage.find(EMBEDDING)
-        tied, stages = self.config.model.tie_embeddings, self.config.parallel.pipeline
-        group = Group(self.sizes, self.config, projects)
+        tied = self.config.model.tie_embeddings
+        lookup = 0
+        if self.stage.last and not (tied and self.config.parallel.pipeline == 1):
+            groups.append(self._group([self._head()], lookup=tied))
         if table is not None and not tied:
-            held = self.sizes.tokens * self.sizes.hidden * self.sizes.precision.gradient
-            return held, self._lookup(table, projects)
-        if table is not None and stages == 1:
-            group.add(table, lookup=True)
-        else:
-            fc1, fc2, qkv, proj = self._weights()
-            for weight in (fc2, fc1, proj, qkv):
-                group.add(weight)
-        return group.pending, group.peak
+            lookup = self._lookup(table).scratch
+        elif table is not None and self.config.parallel.pipeline == 1:
+            groups.append(self._embedding_group(table))
+        kept = max(group.materialized for group in groups)
+        return kept, max(lookup, *(group.scratch for group in groups))
+
+    def _before_layer(self) -> list[Local]:
+        """The head, where it waits for the deepest layer to save a sum over tensor ranks."""
+        if not self.stage.last or self.config.model.tie_embeddings or self.sizes.tensor == 1:
+            return []
+        head = self._head()
+        return [head] if self._fits([head], self._weights()) else []
+
+    def _embedding_group(self, table: Local) -> Group:
+        """A tied table's, alone or with the first layer."""
+        fc1, fc2, qkv, proj = self._weights()
+        layer = [fc2, fc1, proj, qkv]
+        if self.sizes.tensor == 1 or not self._fits(layer, [table]):
+            return self._group([table], lookup=True)
+        group = self._group(layer)
+        group.add(table, lookup=True)
+        return group
+
+    def _fits(self, before: Sequence[Local], after: Sequence[Local]) -> bool:
+        """Whether a group can wait for another one."""
+        group = self._group(list(before))
+        slices = self.sizes.sequences + (0 if self.acts_alone else 1)
+        size = slices * sum(w.count for w in after) * self.sizes.precision.gradient
+        return group.held + group.materialized + size <= group.half
+
+    @property
+    def _was(self) -> tuple[int, int]:
+        """How large the workspace is already when the fullest pass comes."""
+        # By PROMA's rules the first microbatch only has plain GEMMs.
+        kept = self.microbatches > 2 or (self.acts_alone and self.microbatches > 1)
+        return (self.kept if kept else 0, self.scratch if self.microbatches > 1 else 0)
 
     def _head(self) -> Local:
         """The head's weight: its own, or the embedding's."""
@@ -179,7 +199,7 @@ class _Pass:
         sizes, e, wide = self.sizes, self.sizes.precision.compute, self.sizes.precision.wide
         single, parallel = sizes.tokens <= LOSS_CHUNK, self.config.parallel
         kept = self.earlier + self._kept_by_chunk() + norm_kept(sizes)
-        earlier, waiting = self._held_earlier(), self._left_over()[0]
+        earlier, waiting = self._held_earlier(), sum(self._was)
         chunk = min(sizes.tokens, LOSS_CHUNK) * sizes.vocab * wide
         yield Moment("loss, forward", kept, earlier + sizes.logits + 4 * chunk, waiting)
         chunks = 2 if single else (4 if wide > e else 3)
@@ -193,18 +213,19 @@ class _Pass:
         elif not tied:
             group = self._group([head])
             copied = sizes.logits if wide > e else 0
-            yield Moment("head, backward", kept, copied, group.pending)
-            kept = self._all + sizes.stream + sizes.tokens * sizes.ffn * e
-            yield Moment("head, solve", kept, 0, group.peak)
+            yield Moment("head, backward", kept, copied, group.beside(*self._was))
+            if not self._before_layer():
+                kept = self._all + sizes.stream + sizes.tokens * sizes.ffn * e
+                yield Moment("head, solve", kept, 0, group.peak(*self._was))
         elif parallel.pipeline > 1:
             group = self._group([head], lookup=True)
-            yield Moment("head, solve", kept, held, group.peak)
+            yield Moment("head, solve", kept, held, group.peak(*self._was))
         norm = norm_backward(sizes, sizes.own_tokens * sizes.hidden)
         kept = self.earlier + self._kept_by_chunk() + norm + 2 * sizes.stream
         kept += sizes.own_tokens * sizes.hidden * wide if wide > e else 0
         pending = 0
-        if self.config.projects and not tied:
-            pending = self._group([head]).pending
+        if self.config.projects:
+            pending = self._waiting([] if tied else [head])
         elif not self.config.projects and tied and parallel.pipeline == 1:
             pending = head.count * e
         yield Moment("final norm, backward", kept, held, pending)
@@ -220,23 +241,23 @@ class _Pass:
         def work(*weights: Local) -> int:
             """What has been captured so far, or the gradient of the last of these."""
             if self.config.projects:
-                return self._group(list(weights)).pending
+                return self._group([*self._before_layer(), *weights]).beside(*self._was)
             return tied + weights[-1].count * e
 
         kept = self._all
         yield Moment("fc2, backward", kept + stream + gathered + ffn, held, work(fc2))
         passing = 0 if self.config.projects else tied
-        captured = work(fc2) if self.config.projects else passing
+        captured = self._waiting([fc2]) if self.config.projects else passing
         kept -= ffn  # fc2's input
         yield Moment("SwiGLU, backward", kept + stream + 3 * ffn, held, captured)
         kept -= layer.mlp - ffn
         dx = sizes.tokens * sizes.hidden * e
         yield Moment("fc1, backward", kept + stream + dx + 2 * ffn, held, work(fc2, fc1))
-        captured = work(fc2, fc1) if self.config.projects else passing
+        captured = self._waiting([fc2, fc1]) if self.config.projects else passing
         norm = norm_backward(sizes, sizes.own_tokens * sizes.hidden)
         yield Moment("MLP norm, backward", kept - stream + norm + 2 * stream, held, captured)
         kept -= layer.mlp_norm + layer.proj_input
-        captured = work(fc2, fc1, proj) if self.config.projects else passing
+        captured = self._waiting([fc2, fc1, proj]) if self.config.projects else passing
         rows = sizes.dense_tokens * sizes.query * e
         yield Moment("attention, backward", kept + stream + 4 * rows, held, captured)
         if sizes.qk_norm:
@@ -248,17 +269,23 @@ class _Pass:
         if self.config.projects:
             yield self._solve_moment(held)
 
+    def _waiting(self, weights: list[Local]) -> int:
+        """What these hold when they have been handed over, and nothing else is."""
+        group = self._group(weights)
+        return group.beside(*self._was) - group.passing
+
     def _solve_moment(self, held: int) -> Moment:
         """The layer's weights are solved when the layer before it hands over its first gradient."""
         sizes, e = self.sizes, self.sizes.precision.compute
         fc1, fc2, qkv, proj = self._weights()
-        group = self._group([fc2, fc1, proj, qkv])
+        group = self._group([*self._before_layer(), fc2, fc1, proj, qkv])
         kept = self._all - self.layer.total + sizes.stream
+        peak = group.peak(*self._was)
         if self.stage.layers_per_chunk == 1:
-            return Moment("layer, solve", kept, held, group.peak)
+            return Moment("layer, solve", kept, held, peak)
         if self.recomputes:
             kept += self.layer.total - sizes.stream
-        return Moment("layer, solve", kept + sizes.tokens * sizes.ffn * e, held, group.peak)
+        return Moment("layer, solve", kept + sizes.tokens * sizes.ffn * e, held, peak)
 
     def _embedding_moments(self, held: int) -> Iterator[Moment]:
         sizes, e = self.sizes, self.sizes.precision.compute
@@ -270,9 +297,13 @@ class _Pass:
             copies = 2 if tied and stages == 1 else 1
             yield Moment("embedding, backward", kept, 0, copies * table.count * e)
         elif not tied:
-            yield Moment("embedding, solve", kept, 0, self._lookup(table, self.projects))
+            found, (was, scratch) = self._lookup(table), self._was
+            workspace = was + max(scratch, found.scratch)
+            yield Moment("embedding, backward", kept, 0, found.held + found.passing + workspace)
         elif stages == 1:
-            yield Moment("embedding, solve", kept, held, self._group([table], lookup=True).peak)
+            group = self._embedding_group(table)
+            yield Moment("embedding, backward", kept, held, group.beside(*self._was))
+            yield Moment("embedding, solve", kept, held, group.peak(*self._was))
 
     # ------------------------------------------------------------------ weights
 
@@ -289,15 +320,11 @@ class _Pass:
             group.add(weight, lookup=lookup)
         return group
 
-    def _lookup(self, table: Local, projects: bool) -> int:
-        projects = projects and is_projected(table, self.config)
-        return lookup_workspace(
-            self.sizes,
-            table,
-            self._group([]).budget,
-            projects=projects,
-            squares=not self.config.projection.acts_alone,
-        )
+    def _lookup(self, table: Local) -> LookupWorkspace:
+        projects = self.projects and is_projected(table, self.config)
+        slices = self.sizes.sequences + (0 if self.acts_alone else 1)
+        block = self._group([]).block
+        return LookupWorkspace.of(self.sizes, table, block, slices if projects else 0)
 
     def _weights(self) -> tuple[Local, Local, Local, Local]:
         """fc1, fc2, qkv, proj."""

@@ -1,25 +1,28 @@
 """Bytes that weight gradients take before they are in ``main_grad``.
 
-Without the projection that is one parameter's gradient at a time. With it, the accumulator holds
-the factors x and dY of a transformer layer's weights, in the main gradients' dtype, until the
-layer is solved, and materialized sequence gradients G up to half of ``projection.workspace_mb``.
-Solving passes over what did not fit in blocks (two exist while one replaces the other), and squares
-a unit's main gradient in float64.
+Without the projection that is one parameter's gradient at a time. With it, a weight is done with
+when its layer hands it over, on the first microbatch, or its sequence gradients G are kept in the
+workspace until its group is solved, up to half of ``projection.workspace_mb``. What does not fit is
+formed in blocks, and its factors x and dY wait, in the main gradients' dtype, as they do for
+Intra-PROMA. Blocks, and tokens that are scaled for a GEMM, take turns in another part of the
+workspace. Both parts stay from one group and microbatch to the next, and on a CPU, for which no
+plan is made, from step to step.
 
-ISOPO forms G on the first microbatch as well, and squares nothing. Intra-PROMA forms no G of single
-sequences: it has matrices of T rows in float64 for each X and dY of the group, and the unit's
-gradient in blocks. What a factorization needs inside is not counted.
+Intra-PROMA forms no G of single sequences: it has matrices of T rows in float64 for each X and dY
+of the group, and the unit's gradient in blocks. What a factorization needs inside is not counted,
+and `auto` is taken to keep what fits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from proma_megatron.config import RunConfig
 from proma_megatron.planning.shapes import Local
 from proma_megatron.planning.sizes import Sizes
 from proma_megatron.policy.parameters import Fusion
 from proma_megatron.projection.subspace import is_direct, sketch_width
+from proma_megatron.projection.workspace import BLOCK_BYTES
 
 
 @dataclass
@@ -29,9 +32,11 @@ class Group:
     sizes: Sizes
     config: RunConfig
     projects: bool  # the rule acts on this microbatch; PROMA's do not on the first
-    held: int = 0  # bytes of factors
-    materialized: int = 0
-    solving: int = field(default=0)  # the largest temporary of the solve
+    held: int = 0  # bytes of factors that wait
+    materialized: int = 0  # of the workspace
+    scratch: int = 0  # of the workspace, in passing
+    passing: int = 0  # the last weight's factors, where they need another dtype
+    solving: int = 0  # the largest temporary of the solve
     finding: int = 0  # Intra-PROMA: what all subspaces take together while they are sought,
     finding_block: int = 0  # with a block in passing,
     found: int = 0  # and after
@@ -40,27 +45,32 @@ class Group:
         """The gradient of a weight (out, in), plus that of a lookup in the same table."""
         sizes, grad = self.sizes, self.sizes.precision.gradient
         rows, width = weight.shape
-        self.held += sizes.tokens * (rows + width * (2 if lookup else 1)) * grad
-        unit_rows, range_rows = _rows(weight, self.config, sizes.tensor)
-        unit = range_rows * width
+        factors = sizes.tokens * (rows + width) * grad
+        self.passing = factors if grad > sizes.precision.compute else 0
+        if lookup:
+            self.passing += 2 * sizes.tokens * width * grad  # its dY, and rows of it in order
         if not (self.projects and is_projected(weight, self.config)):
-            self._temporary(sizes.tokens * range_rows * grad)  # dY with scaled rows
+            self._scale(sizes.tokens * min(rows, width) * grad)
             return
         if self.config.projection.rule == "subspace":
-            self._add_subspaces(weight, range_rows)
+            self.held += factors
+            self.passing = 0
+            self._add_subspaces(weight, _range_rows(weight, self.config, sizes.tensor))
             return
-        if not self.config.projection.acts_alone:
-            self._temporary(16 * unit if grad < 8 else 8 * unit)  # main_grad.double().square()
-        size = sizes.sequences * weight.count * grad
-        if self.materialized + size <= self.budget:
+        slices = sizes.sequences + (0 if self.config.projection.acts_alone else 1)
+        size = slices * weight.count * grad
+        keeps = self.config.projection.gradients != "stream"
+        if keeps and self.materialized + size <= self.half:
             self.materialized += size
-            self._temporary(unit * grad)  # the combination of G that is added
             return
-        row = sizes.sequences * width * grad
-        block = max(1, self.budget // row)
-        blocks = 1 if unit_rows <= block else 2
-        self._temporary(blocks * min(block, range_rows) * row)
-        self._temporary(sizes.tokens * range_rows * grad)
+        self.held += factors + (sizes.tokens * width * grad if lookup else 0)
+        self.passing = sizes.tokens * width * grad if lookup else 0
+        row = slices * width * grad
+        self.scratch = max(self.scratch, min(rows, max(1, self.block // row)) * row)
+        self._scale(sizes.tokens * rows * grad)
+
+    def _scale(self, size: int) -> None:
+        self.scratch = max(self.scratch, min(size, self.half))
 
     def _add_subspaces(self, weight: Local, range_rows: int) -> None:
         """Those of X and of every unit's dY, and the gradient that is formed in blocks."""
@@ -75,10 +85,10 @@ class Group:
             self.finding += 8 * ((1 + units) * 4 * tokens * carried + (rows + width) * carried)
         if grad < 8:  # a block of X or dY in float64
             most = 8 * tokens * max(range_rows, width)
-            self.finding_block = max(self.finding_block, min(self.budget, most))
+            self.finding_block = max(self.finding_block, min(self.half, most))
         # Bases, images, and the removed part's left factor.
         self.found += 8 * rank * (2 * rows + width + (1 + units) * tokens)
-        block = min(range_rows, max(1, self.budget // (max(tokens, width) * grad)))
+        block = min(range_rows, max(1, self.half // (max(tokens, width) * grad)))
         blocks = 1 if range_rows <= block else 2
         self._temporary((tokens + blocks * width) * block * grad)
 
@@ -86,18 +96,25 @@ class Group:
         self.solving = max(self.solving, size)
 
     @property
-    def budget(self) -> int:
+    def half(self) -> int:
         """Half of the workspace is for G that is kept, half for blocks in passing."""
         return int(self.config.projection.workspace_mb * 2**20 // 2)
 
     @property
-    def pending(self) -> int:
-        """Held from the captures to the solve."""
-        return self.held + self.materialized
+    def block(self) -> int:
+        """Bytes of a block in passing."""
+        return min(self.half, BLOCK_BYTES)
 
-    @property
-    def peak(self) -> int:
-        return self.pending + max(self.finding + self.finding_block, self.found + self.solving)
+    def beside(self, kept: int, scratch: int) -> int:
+        """Bytes when the last weight has been handed over, in a workspace that was this large."""
+        workspace = max(self.materialized, kept) + max(self.scratch, scratch)
+        return self.held + self.passing + workspace
+
+    def peak(self, kept: int, scratch: int) -> int:
+        """Bytes when the group is solved."""
+        workspace = max(self.materialized, kept) + max(self.scratch, scratch)
+        passing = max(self.finding + self.finding_block, self.found + self.solving)
+        return self.held + workspace + passing
 
 
 def is_projected(parameter: Local, config: RunConfig) -> bool:
@@ -106,36 +123,37 @@ def is_projected(parameter: Local, config: RunConfig) -> bool:
     return everything or parameter.row.linear
 
 
-def _rows(weight: Local, config: RunConfig, tensor: int) -> tuple[int, int]:
-    """Local rows of the largest unit of a weight, and of its largest run of adjacent rows."""
+def _range_rows(weight: Local, config: RunConfig, tensor: int) -> int:
+    """Local rows of the largest run of adjacent rows of a unit."""
     rows = weight.shape[0]
     if weight.row.axis != 0 or weight.row.fusion is Fusion.NONE:
-        return rows, rows
+        return rows
     if config.projection.unit == "megatron":
-        return rows, rows
-    unit = min(rows, max(weight.lengths) // min(tensor, config.model.kv_heads))
+        return rows
     if weight.row.fusion is Fusion.RANK:
-        unit = max(weight.lengths) // tensor
-        return unit, unit
-    run = max(weight.lengths) // config.model.kv_heads
-    return unit, min(rows, run)
+        return max(weight.lengths) // tensor
+    return min(rows, max(weight.lengths) // config.model.kv_heads)
 
 
-def lookup_workspace(
-    sizes: Sizes, table: Local, budget: int, *, projects: bool, squares: bool
-) -> int:
-    """An untied embedding's: dY, and the rows that its tokens use, by sequence.
+@dataclass(frozen=True)
+class LookupWorkspace:
+    """An untied embedding's: dY, and the rows that its tokens use, by sequence."""
 
-    ``squares``: |A|^2 is needed, too.
-    """
-    grad = sizes.precision.gradient
-    held = sizes.tokens * sizes.hidden * grad
-    scaled = 2 * held  # dY of the tokens, scaled
-    if not projects:
-        return held + scaled
-    row = sizes.sequences * sizes.hidden * grad
-    used = min(sizes.tokens, table.shape[0])
-    block = max(1, budget // row)
-    blocks = 1 if used <= block else 2
-    energy = table.count * (16 if grad < 8 else 8) if squares else 0
-    return held + max(blocks * min(block, used) * row + held, scaled, energy)
+    held: int
+    scratch: int
+    passing: int
+
+    @classmethod
+    def of(cls, sizes: Sizes, table: Local, block: int, slices: int) -> LookupWorkspace:
+        """
+        Args:
+            block: bytes of a block in passing.
+            slices: of each row that is used; 0: nothing is projected.
+        """
+        grad = sizes.precision.gradient
+        tokens = sizes.tokens * sizes.hidden * grad
+        row = slices * sizes.hidden * grad
+        used = min(sizes.tokens, table.shape[0])
+        scratch = min(used, max(1, block // row)) * row if row else 0
+        copied = tokens if grad > sizes.precision.compute else 0
+        return cls(held=copied, scratch=scratch, passing=2 * tokens)

@@ -1,9 +1,9 @@
 """The accumulator: owner of ``main_grad`` during a projected backward pass.
 
 It is the `GradientSink` of the policy's layers. During backward each layer hands it the factors of
-its weight gradient; captures of one transformer layer are collected and given to the rule's updater
-together, which reduces for all of them at once and applies them to ``main_grad``. Each parameter
-sees its microbatches in order 0..M-1.
+its weight gradient, and the rule's updater takes from them what it needs. Parameters of one
+transformer layer are finished together: one sum over tensor ranks for all of them, and then the
+update of ``main_grad``. Each parameter sees its microbatches in order 0..M-1.
 
 Microbatches are told apart by `begin_backward`, which the schedule calls when the backward of a
 microbatch reaches this model chunk: under 1F1B forwards run ahead of backwards, and recompute runs
@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from proma_megatron.config import ProjectionConfig
 from proma_megatron.policy.layers import CAPTURED_LAYERS
 from proma_megatron.policy.parameters import ParameterShard
+from proma_megatron.projection.choosing import Choice, Rates, agree_on_rates, choose
 from proma_megatron.projection.deflating import Deflating
 from proma_megatron.projection.diagnostics import Tally
 from proma_megatron.projection.factors import (
-    DenseFactors,
     Factors,
+    LinearFactors,
     Lookup,
     LookupFactors,
     VectorFactors,
@@ -34,6 +36,7 @@ from proma_megatron.projection.projecting import Projecting
 from proma_megatron.projection.solver import Capture, Updater
 from proma_megatron.projection.tied import TiedEnds
 from proma_megatron.projection.units import units_of
+from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Microbatch, Sequences
 from proma_megatron.topology import Axis, Topology
 
@@ -46,7 +49,16 @@ class Current:
     microbatch: Microbatch
 
 
-def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updater:
+@dataclass(frozen=True)
+class Group:
+    """Whose captures are finished together."""
+
+    chunk: int
+    microbatch: int
+    layer: int | None  # None: embedding, final norm and head
+
+
+def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updater[Any]:
     """The rule of a configuration; ``dtype`` is the one that the model computes in."""
     assert config.rule != "none", "rule 'none' is Megatron's own accumulation"
     if config.rule == "subspace":
@@ -59,9 +71,15 @@ def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updat
 class Accumulator:
     """Projected accumulation over the microbatches of one optimizer step.
 
+    All ranks make theirs together.
+
     Args:
         shards: every trainable parameter of this rank.
         tied: whether embedding and head are one tensor.
+        rates: what this machine was measured to do; None: measure it now, if that matters.
+
+    Attributes:
+        choices: what was done with each weight's sequence gradients the last time, and why.
 
     Raises:
         ValueError: a trainable parameter that no capturing layer claims.
@@ -75,6 +93,7 @@ class Accumulator:
         topology: Topology,
         *,
         tied: bool,
+        rates: Rates | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -85,6 +104,10 @@ class Accumulator:
             for layer in module.modules()
             if isinstance(layer, CAPTURED_LAYERS)
         ]
+        # First, as all ranks take part in it: what one rank refuses, others must not wait for.
+        self.rates = agree_on_rates(
+            [shard.parameter for shard in self.shards.values()], topology, rates
+        )
         self._check_claims()
         # Only a linear weight has the two factors whose subspaces are meant.
         parameters = "linear" if config.rule == "subspace" else config.parameters
@@ -96,11 +119,15 @@ class Accumulator:
         dtype = next(iter(self.shards.values())).parameter.dtype
         self.solver = updater(config, topology.tensor, dtype)
         self._current: Current | None = None
-        self._group: tuple[int, int, int | None] | None = None
-        self._pending: list[Capture] = []
-        self._held = 0  # bytes of materialized gradients among the pending
+        self._group_bytes = self._bytes_by_layer()
+        self._group: Group | None = None
+        self.workspace = Workspace(config.workspace_mb * 2**20, topology.device)
+        self.choices: dict[str, Choice] = {}
+        self._pending: list[Any] = []
+        self._held = 0  # bytes that the pending hold besides the workspace
         self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seen: dict[int, int] = {}
+        self._begun: set[int] = set()  # parameters that something has been added to
 
     # ------------------------------------------------------------------ set-up
 
@@ -127,6 +154,15 @@ class Accumulator:
         )
         return next((s for s in self.shards.values() if s.name == wanted), None)
 
+    def _bytes_by_layer(self) -> dict[int | None, int]:
+        """What one sequence's gradients of a group take, of which the head's come before others."""
+        found: dict[int | None, int] = {}
+        for shard in self.shards.values():
+            if shard.layer is not None or shard is self.tied_table:
+                size = shard.parameter.numel() * self._dtype(shard.parameter).itemsize
+                found[shard.layer] = found.get(shard.layer, 0) + size
+        return found
+
     @property
     def tally(self) -> Tally:
         """What the rule's figures said in the step that was begun last."""
@@ -143,12 +179,24 @@ class Accumulator:
         """Start a step: ``main_grad`` is zero and nothing has been seen."""
         self.solver.tally = Tally()
         self._seen = dict.fromkeys(self.shards, 0)
-        self._group = None
+        self._begun.clear()
+        # What a backward pass left that was broken off belongs to no step.
+        self._pending, self._held, self._group, self._tied_head = [], 0, None, None
+        self.workspace.free()
+        if self.ends is not None:
+            self.ends.forget()
 
     def begin_backward(self, chunk: int, microbatch: Microbatch) -> None:
-        """The backward pass of ``microbatch`` starts on this model chunk."""
-        self._flush()
+        """The backward pass of ``microbatch`` starts on this model chunk, within autograd."""
         self._current = Current(chunk, microbatch)
+        # So that the last group waits for no other microbatch, whose activations come first. This
+        # runs in the chunk's own backward, outside of those that recompute starts in its layers.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _end_backward(self) -> None:
+        self._flush()
+        self._current = self._group = None
 
     @torch.no_grad()
     def finish(self, microbatches: int) -> None:
@@ -157,10 +205,10 @@ class Accumulator:
         Raises:
             RuntimeError: a parameter did not see every microbatch; its gradient would be wrong.
         """
-        self._flush()
-        self._current = None
+        assert not self._pending, "the end of each backward pass finishes what it captured"
         if self.ends is not None and self.topology.is_last_stage:
             self._drain_tied(microbatches)
+        self.workspace.release()
         if self.ends is not None:
             self.ends.wait()
         for key, shard in self.shards.items():
@@ -182,12 +230,14 @@ class Accumulator:
             self._capture_tied_head(current, x, dy)
             return
         self._enter(shard)
-        self._capture(shard, self._dense(shard, current.microbatch.sequences, x, dy))
+        factors = self._dense(shard, current.microbatch.sequences, x, dy)
+        self._capture(shard, factors, current.microbatch)
         if bias is not None:
-            gradients = current.microbatch.sequences.indicator(0, dy.shape[0]).to(
-                self._dtype(bias)
-            ) @ dy.to(self._dtype(bias))
-            self._capture(self.shards[id(bias)], VectorFactors(gradients))
+            dtype = self._dtype(bias)
+            indicator = current.microbatch.sequences.indicator(0, dy.shape[0], dtype)
+            self._capture(
+                self.shards[id(bias)], VectorFactors(indicator @ dy.to(dtype)), current.microbatch
+            )
 
     def scale(self, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> None:
         shard, current = self.shards[id(weight)], self._now()
@@ -197,8 +247,8 @@ class Accumulator:
         tokens = per_token.shape[0]
         # Under sequence parallelism a norm sees this rank's slice of the tokens.
         start = 0 if tokens == current.microbatch.num_tokens else self.topology.tensor.rank * tokens
-        gradients = current.microbatch.sequences.indicator(start, tokens).to(dtype) @ per_token
-        self._capture(shard, VectorFactors(gradients))
+        indicator = current.microbatch.sequences.indicator(start, tokens, dtype)
+        self._capture(shard, VectorFactors(indicator @ per_token), current.microbatch)
 
     def embedding(self, weight: torch.Tensor, rows: torch.Tensor, dy: torch.Tensor) -> None:
         shard, current = self.shards[id(weight)], self._now()
@@ -213,8 +263,8 @@ class Accumulator:
             self._tied_head = None
             factors: Factors = self._dense(shard, current.microbatch.sequences, x, head_dy, lookup)
         else:
-            factors = LookupFactors(lookup, current.microbatch.sequences, self._block_bytes)
-        self._capture(shard, factors)
+            factors = LookupFactors(lookup, current.microbatch.sequences, self.workspace)
+        self._capture(shard, factors, current.microbatch)
 
     def _now(self) -> Current:
         assert self._current is not None, "begin_backward comes before captures"
@@ -224,12 +274,7 @@ class Accumulator:
     def _dtype(weight: torch.Tensor) -> torch.dtype:
         return weight.main_grad.dtype  # type: ignore[attr-defined]
 
-    # ------------------------------------------------------------------ workspace
-
-    @property
-    def _block_bytes(self) -> int:
-        """Half of the workspace is for blocks in passing, half for what is kept to the solve."""
-        return self.config.workspace_mb * 2**20 // 2
+    # ------------------------------------------------------------------ factors
 
     def _dense(
         self,
@@ -238,49 +283,84 @@ class Accumulator:
         x: torch.Tensor,
         dy: torch.Tensor,
         lookup: Lookup | None = None,
-    ) -> DenseFactors:
+    ) -> Factors:
         dtype = self._dtype(shard.parameter)
-        size = sequences.count * shard.parameter.numel() * dtype.itemsize
-        materialize = self._asks_for_gradients(shard) and self._held + size <= self._block_bytes
-        if materialize:
-            self._held += size
-        return DenseFactors(
-            x,
-            dy,
-            sequences,
-            dtype=dtype,
-            block_bytes=self._block_bytes,
-            materialize=materialize,
-            lookup=lookup,
+        factors = LinearFactors(x, dy, sequences, self.workspace, dtype=dtype, lookup=lookup)
+        if not self._asks_for_gradients(shard) or not sequences.count:
+            return factors
+        choice = choose(
+            self.config.gradients,
+            entries=shard.parameter.numel(),
+            itemsize=dtype.itemsize,
+            tokens=sequences.offsets[-1],
+            slices=sequences.count + self.solver.accumulates,
+            room=self.workspace.half - self.workspace.held,
+            rates=self.rates,
         )
+        self.choices[shard.name] = choice
+        if not choice.materialize:
+            return factors
+        return factors.materialize(accumulates=self.solver.accumulates)
 
     def _asks_for_gradients(self, shard: ParameterShard) -> bool:
         """Whether this microbatch's sequence gradients of a weight are needed one by one."""
         key = id(shard.parameter)
         projected = any(unit.projected for unit in self.units[key])
-        return projected and self.solver.asks_for_gradients(first=self._seen[key] == 0)
+        return projected and self.solver.asks_for_gradients(first=key not in self._begun)
 
     # ------------------------------------------------------------------ groups
 
     def _enter(self, shard: ParameterShard) -> None:
-        """Captures of one layer are solved together; another layer's capture closes the group."""
+        """Captures of one layer are finished together; another layer's capture closes the group."""
         current = self._now()
-        group = (current.chunk, current.microbatch.index, shard.layer)
-        if group != self._group:
+        group = Group(current.chunk, current.microbatch.index, shard.layer)
+        if group == self._group:
+            return
+        if not self._joins(group, current.microbatch.sequences.count):
             self._flush()
-            self._group = group
+        self._group = group
 
-    def _capture(self, shard: ParameterShard, factors: Factors | VectorFactors) -> None:
+    def _joins(self, group: Group, sequences: int) -> bool:
+        """Whether what is pending can wait for this group, and save a sum over tensor ranks.
+
+        The final norm and the head do for the last layer, the first layer for the embedding, if the
+        workspace has room for both. Tensor ranks have shards of the same shapes, and so agree.
+        """
+        before = self._group
+        if self.topology.tensor.size == 1 or before is None or not self._pending:
+            return False
+        if (before.chunk, before.microbatch) != (group.chunk, group.microbatch):
+            return False
+        if None not in (before.layer, group.layer):
+            return False
+        slices = sequences + self.solver.accumulates
+        size = slices * self._group_bytes.get(group.layer, 0)
+        return self._held + self.workspace.held + size <= self.workspace.half
+
+    def _capture(
+        self, shard: ParameterShard, factors: Factors | VectorFactors, microbatch: Microbatch
+    ) -> None:
         key = id(shard.parameter)
-        first = self._seen[key] == 0
-        self._pending.append(Capture(shard, self.units[key], factors, first))
+        capture = Capture(shard, self.units[key], factors, first=key not in self._begun)
         self._seen[key] += 1
+        if microbatch.sequences.count:
+            self._begun.add(key)
+        waiting = self.solver.take(capture, microbatch)
+        if waiting:
+            self._pending += waiting
+            self._held += factors.nbytes
 
     def _flush(self) -> None:
+        if self._pending:
+            self._finish(self._now().microbatch)
+
+    def _finish(self, microbatch: Microbatch) -> None:
         pending, self._pending = self._pending, []
-        self._held = 0
         if pending:
-            self.solver.update(pending, self._now().microbatch)
+            self.solver.finish(pending, microbatch)
+        del pending
+        self._held = 0
+        self.workspace.free()
 
     # ------------------------------------------------------------------ tied embedding and head
 
@@ -303,10 +383,9 @@ class Accumulator:
             rows = self._local_rows(held.microbatch.tokens.flatten())
             lookup = Lookup(rows, self.ends.receive(held, dtype))
             factors = self._dense(shard, held.microbatch.sequences, held.x, held.dy, lookup)
-            self._capture(shard, factors)
-            pending, self._pending = self._pending, []
-            self.solver.update(pending, held.microbatch)
-            self._held = 0
+            self._capture(shard, factors, held.microbatch)
+            del factors  # the workspace may grow before the next ones come
+            self._finish(held.microbatch)
 
     def _local_rows(self, tokens: torch.Tensor) -> torch.Tensor:
         assert self.tied_table is not None

@@ -17,9 +17,9 @@ import torch
 from proma_megatron.config import ProjectionConfig
 from proma_megatron.policy.parameters import Reduction
 from proma_megatron.projection.diagnostics import Tally
-from proma_megatron.projection.factors import DenseFactors
+from proma_megatron.projection.factors import LinearFactors
 from proma_megatron.projection.rules import clamp_factor, masked
-from proma_megatron.projection.solver import Capture, add, sum_together
+from proma_megatron.projection.solver import Capture, add_plainly, sum_together
 from proma_megatron.projection.subspace import (
     Removal,
     Sides,
@@ -38,7 +38,7 @@ class _Linear:
     """One linear unit with its two factors; units of a fused weight share one X."""
 
     capture: Capture
-    factors: DenseFactors
+    factors: LinearFactors
     unit: Unit
     x: TokenMatrix
     dy: TokenMatrix
@@ -55,31 +55,35 @@ class Deflating:
         self.bound = config.bound
         self.tensor = tensor
         self.tally = Tally()
+        self.accumulates = False
 
     def asks_for_gradients(self, *, first: bool) -> bool:
         return False  # of no sequence by itself
 
-    def update(self, captures: Sequence[Capture], microbatch: Microbatch) -> None:
-        """``A <- A + G - shrinkage * clamp(R)`` for every linear unit, ``A + G`` for the others."""
-        linears: list[_Linear] = []
-        for capture in captures:
-            if microbatch.sequences.count and isinstance(capture.factors, DenseFactors):
-                linears += self._linears(capture, capture.factors, microbatch)
-            for unit in capture.units:
-                if not (microbatch.sequences.count and unit.projected):
-                    add(capture, unit, microbatch.advantages)
-        if linears:
-            self._remove(linears, microbatch)
+    def take(self, capture: Capture, microbatch: Microbatch) -> list[_Linear]:
+        if microbatch.sequences.count and isinstance(capture.factors, LinearFactors):
+            linears = self._linears(capture, capture.factors, microbatch)
+        else:
+            linears = []
+        taken = {linear.unit.name for linear in linears}
+        add_plainly(
+            capture, [u for u in capture.units if u.name not in taken], microbatch.advantages
+        )
+        return linears
+
+    def finish(self, pending: Sequence[_Linear], microbatch: Microbatch) -> None:
+        """``A <- A + G - shrinkage * clamp(R)`` for every linear unit."""
+        self._remove(pending, microbatch)
 
     def _linears(
-        self, capture: Capture, factors: DenseFactors, microbatch: Microbatch
+        self, capture: Capture, factors: LinearFactors, microbatch: Microbatch
     ) -> list[_Linear]:
         """The linear units of one weight. Of X or dY, TP cuts what its axis says."""
         cut = capture.shard.reduction is Reduction.DISJOINT
         matrix = partial(
             TokenMatrix,
             tokens=microbatch.sequences.offsets[-1],  # padding comes after the last sequence
-            block_bytes=factors.block_bytes,
+            block_bytes=factors.workspace.half,
         )
         column = capture.shard.axis == 0
         x = matrix(factors.x, columns=[(0, factors.x.shape[1])], sharded=cut and not column)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +87,9 @@ class UnitSums:
         return found if noise is None else found | {"noise_scale": noise}
 
 
+_FIELDS = tuple(field.name for field in fields(UnitSums))
+
+
 class Tally:
     """Collects the sums of each unit during a backward pass, without waiting for the device.
 
@@ -155,7 +158,7 @@ class Tally:
     ) -> None:
         """Count a batch of units without a K: squared norms, and whether the bound bit; (U,)."""
         nothing = torch.zeros_like(removed)
-        figures = dict.fromkeys((field.name for field in fields(UnitSums)), nothing)
+        figures = dict.fromkeys(_FIELDS, nothing)
         figures |= {
             "solved": torch.ones_like(removed),
             "clamped": clamped.double(),
@@ -165,7 +168,7 @@ class Tally:
         self._count(names, UnitSums(**figures))  # type: ignore[arg-type]
 
     def _count(self, names: tuple[str, ...], found: UnitSums) -> None:
-        rows = torch.stack(astuple(found), dim=-1)
+        rows = torch.stack([getattr(found, name) for name in _FIELDS], dim=-1)
         before = self._sums.get(names)
         if before is None:
             self._sums[names] = rows

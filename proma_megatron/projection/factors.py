@@ -1,39 +1,65 @@
-"""Sequence gradients of one parameter and microbatch, as factors that are contracted on demand.
+"""Sequence gradients of one parameter and microbatch, in the form that each kind of layer gives.
 
-Every kind of layer gives G_s, the gradient of sequence s, in its own form. Three questions are
-asked of it, each about a unit's rows: the Gram matrix K, the overlaps c with the accumulated
-gradient A, and the update ``A += sum_s coefficient_s G_s``. Of short vectors only the last.
+A microbatch asks two things of G (d, k): the products that a rule is solved from, and the update
+``A += sum_s coefficient_s G_s``. Of short vectors only the last.
+
+- `SequenceGradients`: G of a weight as it is, formed once. It serves the products and the update,
+  and the ordinary weight gradient is never computed.
+- `LinearFactors`: X and dY of a weight. G is formed in blocks of rows, contracted and dropped, and
+  the update is the ordinary weight-gradient GEMM with scaled rows.
+- `LookupFactors`: an embedding's. G_s has rows only for the tokens of its sequence.
+- `VectorFactors`: a norm weight's or bias's. G is small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 
+from proma_megatron.projection.contraction import (
+    Products,
+    Rows,
+    by_unit,
+    chunk_rows,
+    contract,
+    energies,
+)
+from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Sequences
 
-Rows = tuple[tuple[int, int], ...]
+# One batched GEMM costs less than a GEMM a sequence where those have fewer multiplications than
+# this, and padding makes them no more than so many times as many.
+SMALL_GEMM = 2**23
+MOST_PADDED = 1.5
+
+Part = tuple[Rows, torch.Tensor]  # rows of a unit, and its coefficients (k,) float64
 
 
 class Factors(Protocol):
     """The sequence gradients of one weight or table in one microbatch."""
 
+    @property
+    def nbytes(self) -> int:
+        """What they hold, the workspace apart."""
+        ...
+
     def products(
-        self, rows: Rows, accumulated: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K (k, k) and c (k,) over these rows, float64, of this rank's entries.
-
-        Without ``accumulated`` c is 0, and costs nothing.
-        """
+        self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
+    ) -> list[Products]:
+        """Of every unit, of this rank's entries; without ``accumulated`` K alone."""
         ...
 
-    def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:
-        """``accumulated[rows] += sum_s coefficients_s G_s[rows]``; coefficients (k,) float64."""
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        """``accumulated[rows] += sum_s coefficients_s G_s[rows]`` for every part."""
         ...
+
+
+# --------------------------------------------------------------------------- vectors
 
 
 class VectorFactors:
@@ -42,10 +68,15 @@ class VectorFactors:
     def __init__(self, gradients: torch.Tensor) -> None:
         self.gradients = gradients  # (k, n) in the accumulation dtype
 
-    def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:
-        for start, stop in rows:
-            part = coefficients @ self.gradients[:, start:stop].double()
-            accumulated[start:stop] += part.to(accumulated.dtype)
+    @property
+    def nbytes(self) -> int:
+        return self.gradients.nbytes
+
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        for rows, coefficients in parts:
+            for start, stop in rows:
+                part = coefficients @ self.gradients[:, start:stop].double()
+                accumulated[start:stop] += part.to(accumulated.dtype)
 
 
 def take(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -53,80 +84,82 @@ def take(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
     return torch.cat([matrix[:, start:stop] for start, stop in rows] or [matrix[:, :0]], dim=1)
 
 
-class DenseFactors:
-    """A linear weight: ``G_s = dY_s^T X_s`` (out, in), optionally plus rows of an embedding.
+# --------------------------------------------------------------------------- linear weights
 
-    Materialized, G (k, out, in) is formed once and serves the products and the update, in place of
-    the ordinary weight gradient. Streamed, blocks of rows are formed, contracted and dropped, and
-    the update is the ordinary weight-gradient GEMM with scaled rows.
-    """
+
+class LinearFactors:
+    """A linear weight: ``G_s = dY_s^T X_s`` (out, in), optionally plus rows of an embedding."""
 
     def __init__(
         self,
         x: torch.Tensor,
         dy: torch.Tensor,
         sequences: Sequences,
+        workspace: Workspace,
         *,
         dtype: torch.dtype,
-        block_bytes: int,
-        materialize: bool,
         lookup: Lookup | None = None,
     ) -> None:
-        self.x = x.to(dtype)  # (T, in)
-        self.dy = dy.to(dtype)  # (T, out)
+        """
+        Args:
+            x, dy: (T, in) and (T, out).
+            dtype: of ``main_grad``.
+        """
+        self.x = x.to(dtype)
+        self.dy = dy.to(dtype)
         self.sequences = sequences
+        self.workspace = workspace
         self.lookup = lookup
-        self.block_bytes = block_bytes
-        row_bytes = max(1, sequences.count * x.shape[1] * dtype.itemsize)
-        self.block = max(1, block_bytes // row_bytes)
-        self.gradients = self._form(0, dy.shape[1]) if materialize else None
 
-    def _form(self, start: int, stop: int) -> torch.Tensor:
-        """G (k, stop - start, in) of these output rows."""
-        offsets = self.sequences.offsets
-        out = self.x.new_empty((self.sequences.count, stop - start, self.x.shape[1]))
-        for s, (low, high) in enumerate(pairwise(offsets)):
-            torch.mm(self.dy[low:high, start:stop].t(), self.x[low:high], out=out[s])
-        if self.lookup is not None:
-            self.lookup.add_to(out, start, stop, self.sequences)
-        return out
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.dy.shape[1], self.x.shape[1]
 
-    def _blocks(self, rows: Rows) -> Iterator[tuple[int, int, torch.Tensor]]:
-        for start, stop in rows:
-            if self.gradients is not None:
-                yield start, stop, self.gradients[:, start:stop]
-                continue
-            for low in range(start, stop, self.block):
-                high = min(low + self.block, stop)
-                yield low, high, self._form(low, high)
+    @property
+    def nbytes(self) -> int:
+        lookup = 0 if self.lookup is None else self.lookup.dy.nbytes
+        return self.x.nbytes + self.dy.nbytes + lookup
+
+    def materialize(self, *, accumulates: bool) -> SequenceGradients:
+        """G as it is, in the workspace.
+
+        Args:
+            accumulates: products will be with an accumulated gradient, too.
+        """
+        k = self.sequences.count
+        stack = self.workspace.take((k + accumulates, *self.shape), self.x.dtype)
+        self._form(0, self.shape[0], stack)
+        return SequenceGradients(stack, k)
 
     def products(
-        self, rows: Rows, accumulated: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        k = self.sequences.count
-        gram = self.x.new_zeros((k, k), dtype=torch.float64)
-        overlap = self.x.new_zeros(k, dtype=torch.float64)
-        for low, high, gradients in self._blocks(rows):
-            flat = gradients.flatten(1)
-            gram += flat @ flat.T
+        self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
+    ) -> list[Products]:
+        k, (rows, width) = self.sequences.count, self.shape
+        chunk = chunk_rows(units, rows, width)
+        row_bytes = (k + 1) * width * self.x.element_size()
+        block = max(1, self.workspace.block_bytes // (row_bytes * chunk)) * chunk
+        found = []
+        for low in range(0, rows, block):
+            high = min(low + block, rows)
+            shape = (k + (accumulated is not None), high - low, width)
+            stack = self.workspace.scratch(shape, self.x.dtype)
+            self._form(low, high, stack)
             if accumulated is not None:
-                overlap += flat @ accumulated[low:high].flatten()
-        return gram, overlap
+                stack[k] = accumulated[low:high]
+            found.append(contract(stack, k, chunk))
+        self.__dict__.pop("_batched", None)  # copies, which the update doesn't need
+        return _products(torch.cat(found), units, accumulated, chunk)
 
-    def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:
-        if self.gradients is not None:
-            weights = coefficients.to(self.gradients.dtype)
-            for start, stop in rows:
-                target = accumulated[start:stop]
-                target += (weights @ self.gradients[:, start:stop].flatten(1)).view_as(target)
-            return
-        per_token = self.sequences.per_token(coefficients).to(self.dy.dtype)
-        for start, stop in rows:
-            accumulated[start:stop].addmm_(
-                (self.dy[:, start:stop] * per_token[:, None]).t(), self.x
-            )
-        if self.lookup is not None:
-            self.lookup.update(rows, accumulated, per_token)
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        segments = []
+        for rows, coefficients in parts:
+            values = self.sequences.per_token(coefficients).to(self.dy.dtype)
+            segments += [_Segment(start, stop, values) for start, stop in rows if start < stop]
+            if self.lookup is not None:
+                self.lookup.update(rows, accumulated, values)
+        for stretch in _stretches(segments):
+            self._add(stretch, accumulated)
 
     def accumulate(
         self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor
@@ -135,8 +168,8 @@ class DenseFactors:
         assert self.lookup is None
         per_token = self.sequences.per_token(coefficients).to(self.dy.dtype)
         energy = self.x.new_zeros((), dtype=torch.float64)
-        # A block, and dY of its rows, take at most block_bytes each.
-        step = max(1, self.block_bytes // (max(self.x.shape) * self.x.element_size()))
+        # A block, and dY of its rows, take at most half of the workspace each.
+        step = max(1, self.workspace.half // (max(self.x.shape) * self.x.element_size()))
         for start, stop in rows:
             for low in range(start, stop, step):
                 high = min(low + step, stop)
@@ -144,6 +177,126 @@ class DenseFactors:
                 accumulated[low:high] += part
                 energy += torch.linalg.vector_norm(part, dtype=torch.float64).square()
         return energy
+
+    # ------------------------------------------------------------------ pieces
+
+    def _form(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """G of these output rows into ``out`` (k or more, stop - start, in)."""
+        k = self.sequences.count
+        if self._batched is not None:
+            x, dy = self._batched
+            torch.bmm(dy[:, :, start:stop].mT, x, out=out[:k])
+        else:
+            for s, (low, high) in enumerate(pairwise(self.sequences.offsets)):
+                torch.mm(self.dy[low:high, start:stop].t(), self.x[low:high], out=out[s])
+        if self.lookup is not None:
+            self.lookup.add_to(out[: self.sequences.count], start, stop, self.sequences)
+
+    @cached_property
+    def _batched(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """X (k, L, in) and dY (k, L, out), where one batched GEMM beats one a sequence.
+
+        Short sequences are padded with zeros to the longest, unless that is much longer.
+        """
+        k, lengths = self.sequences.count, self.sequences.lengths
+        longest, tokens = max(lengths), sum(lengths)
+        if longest * self.x.shape[1] * self.dy.shape[1] > SMALL_GEMM:
+            return None
+        if longest * k == tokens:
+            return self.x[:tokens].view(k, longest, -1), self.dy[:tokens].view(k, longest, -1)
+        if longest * k > MOST_PADDED * tokens:
+            return None
+        return self.sequences.padded(self.x), self.sequences.padded(self.dy)
+
+    def _add(self, stretch: Sequence[_Segment], accumulated: torch.Tensor) -> None:
+        """The ordinary weight-gradient GEMM over adjacent rows, of tokens that have been scaled."""
+        tokens, width = self.x.shape
+        low, high = stretch[0].start, stretch[-1].stop
+        token_bytes = tokens * self.x.element_size()
+        alone = len(stretch) == 1 and width <= high - low
+        if alone and width * token_bytes <= self.workspace.half:  # the narrower factor is scaled
+            scaled = self.workspace.scratch((tokens, width), self.x.dtype)
+            torch.mul(self.x, stretch[0].values[:, None], out=scaled)
+            accumulated[low:high].addmm_(self.dy[:, low:high].t(), scaled)
+            return
+        step = max(1, self.workspace.half // max(1, token_bytes))
+        for first in range(low, high, step):
+            last = min(first + step, high)
+            scaled = self.workspace.scratch((tokens, last - first), self.dy.dtype)
+            for segment in stretch:
+                start, stop = max(segment.start, first), min(segment.stop, last)
+                if start < stop:
+                    columns = scaled[:, start - first : stop - first]
+                    torch.mul(self.dy[:, start:stop], segment.values[:, None], out=columns)
+            accumulated[first:last].addmm_(scaled.t(), self.x)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows of a weight whose tokens are scaled alike."""
+
+    start: int
+    stop: int
+    values: torch.Tensor  # (T,)
+
+
+def _stretches(segments: Sequence[_Segment]) -> list[list[_Segment]]:
+    """Segments in the order of their rows, those that touch together."""
+    found: list[list[_Segment]] = []
+    for segment in sorted(segments, key=lambda segment: segment.start):
+        if found and found[-1][-1].stop == segment.start:
+            found[-1].append(segment)
+        else:
+            found.append([segment])
+    return found
+
+
+class SequenceGradients:
+    """G (k, out, in) of a weight, in the workspace until its group is solved."""
+
+    nbytes = 0  # what the workspace holds, it counts itself
+
+    def __init__(self, stack: torch.Tensor, count: int) -> None:
+        """
+        Args:
+            stack: (k, out, in), or (k + 1, out, in) with room for an accumulated gradient.
+            count: k.
+        """
+        self._stack = stack
+        self._count = count
+
+    def products(
+        self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
+    ) -> list[Products]:
+        _, rows, width = self._stack.shape
+        chunk = chunk_rows(units, rows, width)
+        if accumulated is not None:
+            self._stack[self._count] = accumulated  # so that one pass gives K and c
+        found = contract(self._stack, self._count, chunk)
+        return _products(found, units, accumulated, chunk)
+
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        for rows, coefficients in parts:
+            weights = coefficients.to(self._stack.dtype)
+            for start, stop in rows:
+                gradients = self._stack[: self._count, start:stop].flatten(1)
+                accumulated[start:stop].view(-1).addmv_(gradients.t(), weights)
+
+
+def _products(
+    found: torch.Tensor, units: Sequence[Rows], accumulated: torch.Tensor | None, chunk: int
+) -> list[Products]:
+    """Of each unit, from its chunks' products (n, k, k), or (n, k + 1, k) with c as last row."""
+    k = found.shape[2]
+    whole = by_unit(found, units, chunk)
+    if accumulated is None:
+        nothing = found.new_zeros((), dtype=torch.float64)
+        return [Products(gram, nothing.expand(k), nothing) for gram in whole]
+    energy = by_unit(energies(accumulated, chunk), units, chunk)
+    return [Products(sums[:k], sums[k], e) for sums, e in zip(whole, energy, strict=True)]
+
+
+# --------------------------------------------------------------------------- embeddings
 
 
 @dataclass(frozen=True)
@@ -169,35 +322,49 @@ class Lookup:
 class LookupFactors:
     """An untied embedding: G_s has rows only for the tokens of its sequence."""
 
-    def __init__(self, lookup: Lookup, sequences: Sequences, block_bytes: int) -> None:
+    def __init__(self, lookup: Lookup, sequences: Sequences, workspace: Workspace) -> None:
         self.lookup = lookup
         self.sequences = sequences
-        width = lookup.dy.shape[1] * lookup.dy.element_size()
-        self.block = max(1, block_bytes // max(1, sequences.count * width))
+        self.workspace = workspace
+
+    @property
+    def nbytes(self) -> int:
+        return self.lookup.dy.nbytes
 
     def products(
-        self, rows: Rows, accumulated: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
+    ) -> list[Products]:
+        return [self._products(rows, accumulated) for rows in units]
+
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        for rows, coefficients in parts:
+            per_token = self.sequences.per_token(coefficients).to(self.lookup.dy.dtype)
+            self.lookup.update(rows, accumulated, per_token)
+
+    def _products(self, rows: Rows, accumulated: torch.Tensor | None) -> Products:
         k, lookup, owner = self.sequences.count, self.lookup, self.sequences.owner
-        gram = lookup.dy.new_zeros((k, k), dtype=torch.float64)
-        overlap = lookup.dy.new_zeros(k, dtype=torch.float64)
+        width = lookup.dy.shape[1]
         inside = torch.zeros_like(lookup.rows, dtype=torch.bool)
         for start, stop in rows:
             inside |= (lookup.rows >= start) & (lookup.rows < stop)
         tokens = (inside & (owner < k)).nonzero()[:, 0]
         used, compact = lookup.rows[tokens].unique(return_inverse=True)
-        for low in range(0, len(used), self.block):
-            high = min(low + self.block, len(used))
+        row_bytes = (k + 1) * width * lookup.dy.element_size()
+        block = max(1, self.workspace.block_bytes // row_bytes)
+        sums = lookup.dy.new_zeros((k + (accumulated is not None), k), dtype=torch.float64)
+        for low in range(0, len(used), block):
+            high = min(low + block, len(used))
             here = ((compact >= low) & (compact < high)).nonzero()[:, 0]
-            dense = lookup.dy.new_zeros((k, high - low, lookup.dy.shape[1]))
+            stack = self.workspace.scratch((len(sums), high - low, width), lookup.dy.dtype)
+            stack[:k] = 0
             flat = owner[tokens[here]] * (high - low) + compact[here] - low
-            dense.view(-1, dense.shape[-1]).index_add_(0, flat, lookup.dy[tokens[here]])
-            block = dense.flatten(1)
-            gram += block @ block.T
+            stack.view(-1, width).index_add_(0, flat, lookup.dy[tokens[here]])
             if accumulated is not None:
-                overlap += block @ accumulated[used[low:high]].flatten()
-        return gram, overlap
-
-    def update(self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor) -> None:
-        per_token = self.sequences.per_token(coefficients).to(self.lookup.dy.dtype)
-        self.lookup.update(rows, accumulated, per_token)
+                torch.index_select(accumulated, 0, used[low:high], out=stack[k])
+            sums += contract(stack, k, 1).sum(dim=0, dtype=torch.float64)
+        if accumulated is None:
+            nothing = sums.new_zeros(())
+            return Products(sums, nothing.expand(k), nothing)
+        # What no token of the microbatch uses is part of |A|^2, though of no product.
+        (energy,) = by_unit(energies(accumulated, 1), [rows], 1)
+        return Products(sums[:k], sums[k], energy)

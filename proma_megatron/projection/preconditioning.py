@@ -21,7 +21,10 @@ from proma_megatron.projection.solver import (
     Capture,
     Summands,
     add,
+    add_plainly,
     sum_over_tensor_group,
+    symmetric,
+    triangle,
 )
 from proma_megatron.projection.units import Unit
 from proma_megatron.records import Microbatch
@@ -37,45 +40,56 @@ class Preconditioning:
         self.regularization = config.regularization
         self.tensor = tensor
         self.tally = Tally()
+        self.accumulates = False
 
     def asks_for_gradients(self, *, first: bool) -> bool:
         return True  # K says how to add a microbatch, whatever is there already
 
-    def update(self, captures: Sequence[Capture], microbatch: Microbatch) -> None:
-        """``A <- A + G a'`` for every unit of these parameters."""
-        units: list[Summands] = []
-        for capture in captures:
-            for unit in capture.units:
-                if unit.projected and microbatch.sequences.count:
-                    units.append(_summands(capture, unit))
-                else:
-                    add(capture, unit, microbatch.advantages)
-        if not units:
-            return
-        sums = sum_over_tensor_group(units, self.tensor)
+    def take(self, capture: Capture, microbatch: Microbatch) -> list[Summands]:
+        projected = [unit for unit in capture.units if unit.projected]
+        if not microbatch.sequences.count:
+            projected = []
+        add_plainly(
+            capture,
+            [unit for unit in capture.units if unit not in projected],
+            microbatch.advantages,
+        )
+        if isinstance(capture.factors, VectorFactors):
+            return [_vector(capture, unit, capture.factors) for unit in projected]
+        if not projected:
+            return []
+        products = capture.factors.products([unit.rows for unit in projected])
+        return [
+            Summands(capture, unit, (triangle(found.gram),))
+            for unit, found in zip(projected, products, strict=True)
+        ]
+
+    def finish(self, pending: Sequence[Summands], microbatch: Microbatch) -> None:
+        """``A <- A + G a'`` for every unit."""
+        sums = sum_over_tensor_group(pending, self.tensor)
+        k = len(microbatch.advantages)
         gram = torch.stack(
-            [_gram(found, whole) for found, (whole,) in zip(units, sums, strict=True)]
+            [_gram(found, whole, k) for found, (whole,) in zip(pending, sums, strict=True)]
         )
         solution = precondition(
             self.kind, gram, microbatch.advantages, regularization=self.regularization
         )
         self.tally.check(microbatch.index, solution.finite)
-        names = tuple(found.unit.name for found in units)
+        names = tuple(found.unit.name for found in pending)
         self.tally.add(names, gram, solution.policy, microbatch.advantages, solution)
-        for found, coefficients in zip(units, solution.coefficients, strict=True):
-            add(found.capture, found.unit, coefficients)
+        add([(found.capture, found.unit) for found in pending], solution.coefficients)
 
 
-def _summands(capture: Capture, unit: Unit) -> Summands:
-    if not isinstance(capture.factors, VectorFactors):
-        return Summands(capture, unit, (capture.factors.products(unit.rows)[0],))
-    gradients = take(capture.factors.gradients.double(), unit.rows)
+def _vector(capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:
+    gradients = take(factors.gradients.double(), unit.rows)
     if unit.reduction is Reduction.PARTIAL:
         return Summands(capture, unit, (gradients,))
-    return Summands(capture, unit, (gradients @ gradients.T,))
+    return Summands(capture, unit, (triangle(gradients @ gradients.T),))
 
 
-def _gram(found: Summands, whole: torch.Tensor) -> torch.Tensor:
-    """K (k, k), from itself or from a norm's whole vectors."""
+def _gram(found: Summands, whole: torch.Tensor, k: int) -> torch.Tensor:
+    """K (k, k), from half of it or from a norm's whole vectors."""
     vectors = isinstance(found.capture.factors, VectorFactors)
-    return whole @ whole.T if vectors and found.unit.reduction is Reduction.PARTIAL else whole
+    if vectors and found.unit.reduction is Reduction.PARTIAL:
+        return whole @ whole.T
+    return symmetric(whole, k)

@@ -2,8 +2,8 @@
 
 K and c of weights, and the short vectors of norms and biases, are summed over the tensor-parallel
 group in one collective; every rank then solves the same small problems in float64 and changes its
-own part of ``main_grad``. Summands are of a weight K (k, k), c (k,) and |A|^2 (); of a norm or bias
-G^T (k, n) and A (n,) themselves.
+own part of ``main_grad``. Summands are of a weight half of K, c (k,) and |A|^2 (); of a norm or
+bias G^T (k, n) and A (n,) themselves.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import torch
 from proma_megatron.config import ProjectionConfig
 from proma_megatron.policy.parameters import Reduction
 from proma_megatron.projection.diagnostics import Tally
-from proma_megatron.projection.factors import Factors, VectorFactors, take
+from proma_megatron.projection.factors import VectorFactors, take
 from proma_megatron.projection.rules import Rule, solve, solve_vectors
 from proma_megatron.projection.solver import (
     Capture,
     Summands,
     add,
+    add_plainly,
     sum_over_tensor_group,
+    symmetric,
+    triangle,
 )
 from proma_megatron.projection.units import Unit
 from proma_megatron.records import Microbatch
@@ -47,23 +50,35 @@ class Projecting:
         self.cutoff = CUTOFFS[dtype]
         self.tensor = tensor
         self.tally = Tally()
+        self.accumulates = True
 
     def asks_for_gradients(self, *, first: bool) -> bool:
         # With A = 0 nothing is removed: the plain GEMM is the whole update.
         return not first
 
-    def update(self, captures: Sequence[Capture], microbatch: Microbatch) -> None:
-        """``A <- A - clamp(projection) + G a`` for every unit of these parameters."""
-        matrices: list[Summands] = []
-        vectors: list[Summands] = []
-        for capture in captures:
-            for unit in capture.units:
-                if capture.first or not unit.projected or not microbatch.sequences.count:
-                    add(capture, unit, microbatch.advantages)
-                elif isinstance(capture.factors, VectorFactors):
-                    vectors.append(self._vector(capture, unit, capture.factors))
-                else:
-                    matrices.append(_products(capture, unit, capture.factors))
+    def take(self, capture: Capture, microbatch: Microbatch) -> list[Summands]:
+        projected = [unit for unit in capture.units if unit.projected]
+        if capture.first or not microbatch.sequences.count:
+            projected = []
+        add_plainly(
+            capture,
+            [unit for unit in capture.units if unit not in projected],
+            microbatch.advantages,
+        )
+        if isinstance(capture.factors, VectorFactors):
+            return [self._vector(capture, unit, capture.factors) for unit in projected]
+        if not projected:
+            return []
+        products = capture.factors.products([unit.rows for unit in projected], capture.main_grad)
+        return [
+            Summands(capture, unit, (triangle(found.gram), found.overlap, found.energy))
+            for unit, found in zip(projected, products, strict=True)
+        ]
+
+    def finish(self, pending: Sequence[Summands], microbatch: Microbatch) -> None:
+        """``A <- A - clamp(projection) + G a`` for every unit."""
+        matrices = [found for found in pending if not _is_vector(found)]
+        vectors = [found for found in pending if _is_vector(found)]
         sums = sum_over_tensor_group([*matrices, *vectors], self.tensor)
         if matrices:
             self._solve_matrices(matrices, [next(sums) for _ in matrices], microbatch)
@@ -81,7 +96,8 @@ class Projecting:
         microbatch: Microbatch,
     ) -> None:
         advantages = microbatch.advantages
-        gram, overlap, energy = (torch.stack(part) for part in zip(*wholes, strict=True))
+        triangles, overlap, energy = (torch.stack(part) for part in zip(*wholes, strict=True))
+        gram = symmetric(triangles, len(advantages))
         solution = solve(
             self.rule,
             gram,
@@ -94,8 +110,7 @@ class Projecting:
         self.tally.check(microbatch.index, solution.finite)
         names = tuple(matrix.unit.name for matrix in matrices)
         self.tally.add(names, gram, energy, advantages, solution)
-        for matrix, coefficients in zip(matrices, solution.coefficients, strict=True):
-            add(matrix.capture, matrix.unit, coefficients)
+        add([(found.capture, found.unit) for found in matrices], solution.coefficients)
 
     def _solve_vectors(
         self,
@@ -120,7 +135,7 @@ class Projecting:
         self.tally.add(names, gram, energy, advantages, solution)
         for vector, part in zip(vectors, solution.removed_part, strict=True):
             self._subtract(vector, part)
-            add(vector.capture, vector.unit, advantages)
+        add([(found.capture, found.unit) for found in vectors], [advantages] * len(vectors))
 
     # ------------------------------------------------------------------ whole vectors
 
@@ -159,9 +174,5 @@ class Projecting:
             at += high - low
 
 
-def _products(capture: Capture, unit: Unit, factors: Factors) -> Summands:
-    gram, overlap = factors.products(unit.rows, capture.main_grad)
-    energy = gram.new_zeros(())
-    for low, high in unit.rows:
-        energy = energy + capture.main_grad[low:high].double().square().sum()
-    return Summands(capture, unit, (gram, overlap, energy))
+def _is_vector(found: Summands) -> bool:
+    return isinstance(found.capture.factors, VectorFactors)

@@ -73,7 +73,7 @@ def solve(
         cutoff: eigenvalues of the normalized Gram below ``cutoff`` times the largest count as 0;
             depends on the precision that K was formed in.
     """
-    finite = all_finite(gram, 2) & all_finite(overlap, 1)
+    finite = _sums_are_finite(gram, overlap)
     gram, overlap = masked(gram, finite), masked(overlap, finite)
     spectrum = _Spectrum.of(gram, cutoff)
     if rule == "exact":
@@ -114,11 +114,11 @@ def solve_vectors(
         accumulated: A (..., n).
         cutoff: as in `solve`: a singular value of normalized G counts as 0 below its root.
     """
-    finite = all_finite(gradients, 2) & all_finite(accumulated, 1)
-    gram = gradients @ gradients.mT
-    finite = finite & all_finite(gram, 2)
+    gram, overlap = gradients @ gradients.mT, _apply(gradients, accumulated)
+    # Every entry of both has a part in them: 0 times what is not finite is not either.
+    finite = _sums_are_finite(gram, overlap) & accumulated.sum(dim=-1).isfinite()
     gradients, accumulated = masked(gradients, finite), masked(accumulated, finite)
-    gram, overlap = masked(gram, finite), _apply(gradients, accumulated)
+    gram, overlap = masked(gram, finite), masked(overlap, finite)
     if rule == "exact":
         normalized = _inverse_norms(gram)[..., None] * gradients
         basis, sizes, _ = torch.linalg.svd(normalized.mT, full_matrices=False)
@@ -166,6 +166,11 @@ def all_finite(values: torch.Tensor, axes: int) -> torch.Tensor:
     # Both are NaN where anything is; `isfinite` of all would make copies of all.
     least, most = rows.aminmax(dim=-1)
     return least.isfinite() & most.isfinite()
+
+
+def _sums_are_finite(gram: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
+    """(...,) bool; as `all_finite` of both: what are sums of float32 adds up without overflow."""
+    return (gram.sum(dim=(-2, -1)) + overlap.sum(dim=-1)).isfinite()
 
 
 def masked(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

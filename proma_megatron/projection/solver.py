@@ -8,8 +8,9 @@ and changes the rank's own part of ``main_grad``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from proma_megatron.policy.parameters import ParameterShard, Reduction
 from proma_megatron.projection.diagnostics import Tally
-from proma_megatron.projection.factors import Factors, VectorFactors
+from proma_megatron.projection.factors import Factors, Part, VectorFactors
 from proma_megatron.projection.units import Unit
 from proma_megatron.records import Microbatch
 from proma_megatron.topology import Axis
@@ -46,17 +47,26 @@ class Summands:
     tensors: tuple[torch.Tensor, ...]
 
 
-class Updater(Protocol):
-    """One rule at work. ``tally`` collects its figures; a new one is set at each step."""
+class Updater[Pending](Protocol):
+    """One rule at work. ``tally`` collects its figures; a new one is set at each step.
+
+    A parameter is taken when its layer hands over its factors, and finished with its group: what
+    ``take`` returns waits in between.
+    """
 
     tally: Tally
+    accumulates: bool  # K comes with overlaps with what has been accumulated
 
     def asks_for_gradients(self, *, first: bool) -> bool:
         """Whether K is formed from a weight's sequence gradients, so that keeping them pays."""
         ...
 
-    def update(self, captures: Sequence[Capture], microbatch: Microbatch) -> None:
-        """Add the microbatch to ``main_grad`` of these parameters, as the rule has it.
+    def take(self, capture: Capture, microbatch: Microbatch) -> list[Pending]:
+        """What the parameter's units wait with; units that are added plainly are so at once."""
+        ...
+
+    def finish(self, pending: Sequence[Pending], microbatch: Microbatch) -> None:
+        """Add the microbatch to ``main_grad`` of these units, as the rule has it.
 
         What is not finite raises nothing, or one rank would leave the others waiting: the unit gets
         the microbatch plainly, and `Tally.not_finite` names the microbatch afterwards. All tensor
@@ -91,15 +101,56 @@ def sum_over_tensor_group(
 
 def sum_together(parts: Sequence[torch.Tensor], tensor: Axis) -> list[torch.Tensor]:
     """Every one of these float64 tensors added up over TP, in one collective; none for none."""
-    if not parts:
-        return []
+    if not parts or tensor.size == 1:
+        return list(parts)
     flat = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(flat, group=tensor.group)
     pieces = flat.split([part.numel() for part in parts])
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def add(capture: Capture, unit: Unit, coefficients: torch.Tensor) -> None:
-    """``A <- A + G coefficients`` on this rank's entries of the unit; coefficients (k,)."""
-    if unit.rows and len(coefficients):
-        capture.factors.update(unit.rows, capture.main_grad, coefficients)
+def triangle(gram: torch.Tensor) -> torch.Tensor:
+    """Half of a symmetric (k, k), (k (k + 1) / 2,): what is worth sending."""
+    rows, columns, _ = _indices(gram.shape[-1], gram.device)
+    return gram[rows, columns]
+
+
+def symmetric(triangles: torch.Tensor, k: int) -> torch.Tensor:
+    """(..., k (k + 1) / 2) as it was, (..., k, k)."""
+    _, _, places = _indices(k, triangles.device)
+    return triangles[..., places]
+
+
+@lru_cache(maxsize=64)
+def _indices(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows and columns of the lower triangle, and where each (k, k) entry is among them."""
+    rows, columns = torch.tril_indices(k, k, device=device)
+    places = torch.empty(k, k, dtype=torch.int64, device=device)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=device)
+    return rows, columns, places
+
+
+def add_plainly(capture: Capture, units: Iterable[Unit], advantages: torch.Tensor) -> None:
+    """``A <- A + G a`` on this rank's entries of these units, in as few pieces as they allow."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(run for unit in units for run in unit.rows):
+        if merged and merged[-1][1] == start:
+            start = merged.pop()[0]
+        merged.append((start, stop))
+    _add(capture, [(tuple(merged), advantages)])
+
+
+def add(units: Iterable[tuple[Capture, Unit]], coefficients: Iterable[torch.Tensor]) -> None:
+    """``A <- A + G coefficients`` on this rank's entries of each unit; coefficients (k,)."""
+    parts: dict[int, tuple[Capture, list[Part]]] = {}
+    for (capture, unit), values in zip(units, coefficients, strict=True):
+        _, found = parts.setdefault(id(capture), (capture, []))
+        found.append((unit.rows, values))
+    for capture, found in parts.values():
+        _add(capture, found)
+
+
+def _add(capture: Capture, parts: Sequence[Part]) -> None:
+    parts = [(rows, values) for rows, values in parts if rows and len(values)]
+    if parts:
+        capture.factors.update(parts, capture.main_grad)

@@ -63,6 +63,11 @@ class TiedEnds:
         dist.recv(dy, group=self.group, group_src=0)
         return dy.to(held.x.device, dtype)
 
+    def forget(self) -> None:
+        """Drop what a step left that was broken off."""
+        self._held.clear()
+        self._sending.clear()
+
     def wait(self) -> None:
         """End of a step: every send has been received."""
         for work, _ in self._sending:

@@ -43,13 +43,12 @@ def units_of(
     """
     projected = parameters == "all" or shard.linear
     everything = ((0, shard.parameter.shape[0]),)
-    if unit == "megatron":
-        # What is not fused keeps its Hugging Face name, which is the same in every layout.
-        name = shard.tensors[0] if len(shard.tensors) == 1 else shard.name
+    # What is not fused keeps its Hugging Face name, which is the same in every layout.
+    if len(shard.tensors) == 1:
         # Vocabulary padding has no gradient, so taking all rows changes nothing.
-        return (Unit(name, shard, everything, projected),)
-    if shard.axis != 0:
         return (Unit(shard.tensors[0], shard, everything, projected),)
+    if unit == "megatron":
+        return (Unit(shard.name, shard, everything, projected),)
     return tuple(
         Unit(
             name=tensor,

@@ -195,9 +195,18 @@ def test_per_sequence_values_reach_their_tokens_and_indicators_agree(
         float(owner + 1) if owner < members.count else 0.0 for owner in members.owner.tolist()
     ]
     total = len(per_token)
-    torch.testing.assert_close(values @ members.indicator(0, total), per_token, rtol=0, atol=0)
-    tail = members.indicator(total // 2, total - total // 2)
-    assert torch.equal(tail, members.indicator(0, total)[:, total // 2 :])
+    indicator = members.indicator(0, total, torch.float64)
+    torch.testing.assert_close(values @ indicator, per_token, rtol=0, atol=0)
+    tail = members.indicator(total // 2, total - total // 2, torch.float64)
+    assert torch.equal(tail, indicator[:, total // 2 :])
+    if not sequences:
+        return
+    tokens = torch.arange(1.0, total + 1)[:, None]
+    for row, start, length in zip(
+        members.padded(tokens), members.offsets, members.lengths, strict=False
+    ):
+        assert torch.equal(row[:length], tokens[start : start + length])
+        assert not row[length:].any()
 
 
 @unhurried
@@ -231,7 +240,7 @@ def test_sums_by_sequence_leave_padding_out(
     microbatch = pack(sequences, 0, 1.0, CPU, multiple)
     members, total = microbatch.sequences, microbatch.num_tokens
     values = torch.arange(1.0, total + 1, dtype=torch.float64)
-    assert torch.equal(members.sums(values), members.indicator(0, total) @ values)
+    assert torch.equal(members.sums(values), members.indicator(0, total, torch.float64) @ values)
 
 
 def test_an_empty_microbatch_is_padding_alone() -> None:

@@ -162,7 +162,7 @@ def test_the_projection_is_a_small_part() -> None:
             },
             1,
         ),
-        ({"trainer": {"kl_every": 2}, "loss": {"kl": {"coefficient": 1, "target": 0.1}}}, 1.5),
+        ({"trainer": {"kl_every": 2}, "loss": {"kl": {"coefficient": 1, "target": 0.1}}}, 1),
     ],
 )
 def test_passes_that_only_look_are_counted(changes: dict[str, Any], passes: float) -> None:

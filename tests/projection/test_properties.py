@@ -20,8 +20,10 @@ from support.gradients import (
     captured_gradients,
     collectives,
     gradients,
+    gradients_after_a_broken_step,
     plain_gradients,
     random_batch,
+    streaming,
 )
 from support.pool import WorkerPool
 
@@ -169,9 +171,34 @@ def test_what_removes_nothing_is_plain_accumulation_bit_for_bit(
     assert [name for name in plain if not torch.equal(found[name], plain[name])] == []
 
 
+def test_a_step_that_broke_off_leaves_nothing_to_the_next(workers: WorkerPool) -> None:
+    batch = random_batch(3, [3, 3, 3])
+    found = run(workers, batch, job=gradients_after_a_broken_step)
+    fresh = run(workers, batch, job=captured_gradients)
+    assert [name for name in fresh if not torch.equal(found[name], fresh[name])] == []
+
+
+@pytest.mark.parametrize("kept", [6_000, 30_000, 60_000])
+def test_what_the_workspace_has_room_for_changes_no_gradient(
+    workers: WorkerPool, kept: int
+) -> None:
+    """Kept and streamed weights in one group, and groups that can't wait for each other."""
+    batch = random_batch(4, [2, 3, 1, 2])
+    found = run(workers, batch, streaming(EXACT, kept))
+    assert_equal(found, run(workers, batch), TOLERANCE)
+
+
+def test_an_empty_first_microbatch_is_not_the_first(workers: WorkerPool) -> None:
+    batch = random_batch(5, [2, 3])
+    silent = [dataclasses.replace(s, loss_mask=(0,) * len(s.tokens)) for s in batch[0]]
+    assert_equal(run(workers, [silent, *batch]), run(workers, batch), TOLERANCE)
+    sizes = run(workers, [silent, *batch], job=collectives)["sizes"]
+    assert len(sizes) == MODEL.layers
+
+
 def test_one_collective_serves_a_transformer_layer_and_microbatch(workers: WorkerPool) -> None:
-    """And one each for the embedding, and for final norm and head."""
+    """Final norm and head go with the last layer, the embedding with the first."""
     batch = random_batch(0, [2, 3, 1, 4])
     sizes = run(workers, batch, job=collectives)["sizes"]
     projecting = len(batch) - 1  # nothing is removed on the first microbatch
-    assert len(sizes) == (MODEL.layers + 2) * projecting
+    assert len(sizes) == MODEL.layers * projecting

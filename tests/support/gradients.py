@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -23,7 +24,8 @@ from proma_megatron.policy.parameters import fill, tensor_shapes
 from proma_megatron.policy.schedule import forward_backward
 from proma_megatron.projection import solver
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.records import TrainingSequence
+from proma_megatron.projection.solver import Capture
+from proma_megatron.records import Microbatch, TrainingSequence
 from proma_megatron.topology import layout
 
 VOCAB = 251  # prime: never divides before padding
@@ -185,6 +187,44 @@ def plain_gradients(
                 )
                 policy_loss(logprobs, entropy, microbatch, REINFORCE).backward()
             finalize_model_grads([chunk], None)
+        return _main_grads(policy)
+
+
+def gradients_after_a_broken_step(
+    device: torch.device,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    projection: ProjectionConfig,
+    batch: Batch,
+) -> dict[str, torch.Tensor]:
+    """As `captured_gradients`, by an accumulator whose step before ended in an error.
+
+    That step's microbatches are this one's in another order.
+    """
+    with layout(parallel, device, 7) as topology:
+        policy = build_policy(model, VOCAB, 64, topology, seed=7)
+        fill(policy.shards, random_weights(model, 7).__getitem__)
+        accumulator = Accumulator(
+            policy.modules, policy.shards, projection, topology, tied=model.tie_embeddings
+        )
+        total = denominator(batch)
+        take, projected = accumulator.solver.take, 0
+
+        def breaking(capture: Capture, microbatch: Microbatch) -> list[Any]:
+            nonlocal projected
+            projected += not capture.first
+            if projected == 5:  # others of its group are waiting
+                raise ArithmeticError
+            return take(capture, microbatch)
+
+        accumulator.solver.take = breaking
+        with contextlib.suppress(ArithmeticError):
+            earlier = replica_share(batch[::-1], 0, 1, topology, total)
+            forward_backward(policy, earlier, UNIT, accumulator=accumulator)
+        assert projected == 5
+        accumulator.solver.take = take
+        microbatches = replica_share(batch, 0, 1, topology, total)
+        forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
         return _main_grads(policy)
 
 

@@ -1,0 +1,85 @@
+"""Inner products of sequence gradients in one pass over them.
+
+Rows of a weight are cut into chunks of a few thousand entries. A chunk's products are summed in the
+gradients' own dtype, by one batched matrix product over all chunks; chunks are added up in float64,
+each to the unit that has its rows. Small chunks keep all cores busy and the rounding error of
+float32 sums short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+import torch
+
+Rows = tuple[tuple[int, int], ...]
+
+CHUNK = 4096  # entries
+
+
+@dataclass(frozen=True)
+class Products:
+    """What a projection is solved from, of this rank's entries of a unit; float64."""
+
+    gram: torch.Tensor  # K (k, k)
+    overlap: torch.Tensor  # c (k,); 0 without an accumulated gradient
+    energy: torch.Tensor  # |A|^2 (); 0 without
+
+
+def chunk_rows(units: Sequence[Rows], rows: int, width: int) -> int:
+    """How many rows of ``width`` entries a chunk has, so that no unit and no matrix cuts it.
+
+    Args:
+        rows: of the whole matrix.
+    """
+    edges = {edge for unit in units for run in unit for edge in run}
+    return _divisor(gcd(rows, *edges), max(1, CHUNK // width))
+
+
+@lru_cache(maxsize=1024)
+def _divisor(number: int, most: int) -> int:
+    """The largest one that is at most ``most``."""
+    return next(found for found in range(min(number, most), 0, -1) if number % found == 0)
+
+
+def contract(stack: torch.Tensor, count: int, chunk: int) -> torch.Tensor:
+    """Inner products of all slices of ``stack`` (p, rows, width) with the first ``count``.
+
+    Args:
+        chunk: rows a chunk, a divisor of ``rows``.
+
+    Returns:
+        (rows / chunk, p, count) in the dtype of ``stack``.
+    """
+    slices, rows, width = stack.shape
+    chunks = stack.view(slices, rows // chunk, chunk * width).transpose(0, 1)
+    return torch.bmm(chunks, chunks[:, :count].mT)
+
+
+def energies(matrix: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Squared norms (rows / chunk,) of chunks of ``matrix`` (rows, width)."""
+    chunks = matrix.view(matrix.shape[0] // chunk, 1, chunk * matrix.shape[1])
+    return torch.bmm(chunks, chunks.mT)[:, 0, 0]
+
+
+def by_unit(values: torch.Tensor, units: Sequence[Rows], chunk: int) -> list[torch.Tensor]:
+    """Sums (...) in float64 of the chunks' values (rows / chunk, ...) that each unit has."""
+    found = []
+    for unit in units:
+        if len(unit) == 1:
+            ((start, stop),) = unit
+            mine = values[start // chunk : stop // chunk]
+        else:
+            mine = values.index_select(0, _chunks(unit, chunk, values.device))
+        found.append(mine.sum(dim=0, dtype=torch.float64))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _chunks(unit: Rows, chunk: int, device: torch.device) -> torch.Tensor:
+    """Numbers of the chunks that a unit of several runs has."""
+    numbers = [n for start, stop in unit for n in range(start // chunk, stop // chunk)]
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
