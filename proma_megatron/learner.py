@@ -97,7 +97,7 @@ class Learner:
             found = self._gradients(minibatch, kl)
             sums = found.sums
             clipped, tokens = clipped + sums.clipped, tokens + sums.tokens
-            trained += sum(len(sequence.tokens) for sequence in self._kept(minibatch))
+            trained += sum(len(s.tokens) for s in self._kept(minibatch) if s.loss_tokens)
             if index == 0 and sums.tokens:  # still the policy that the rollouts came from
                 metrics["policy/entropy"] = sums.entropy / sums.tokens
                 if self.config.loss.mismatch == "off":  # else the generator's are replaced by now
@@ -175,7 +175,7 @@ class Learner:
         temperature: float | None = None,
     ) -> Accumulated:
         """Gradients of these sequences, given to all replicas."""
-        topology, plans = self.policy.topology, self._plans(sequences)
+        topology, plans = self.policy.topology, self._training_plans(sequences)
         done = Pass(
             self.policy,
             self._pack(sequences, plans[topology.data.rank], denominator),
@@ -272,6 +272,20 @@ class Learner:
     def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
         """This replica's microbatches."""
         return self._plans(sequences)[self.policy.topology.data.rank]
+
+    def _training_plans(self, sequences: Sequence[TrainingSequence]) -> list[Plan]:
+        """The same for a backward pass, to which sequences without loss tokens give nothing."""
+        counted = [at for at, sequence in enumerate(sequences) if sequence.loss_tokens]
+        if self.config.batching.sequences_per_microbatch is not None:  # who goes with whom stays
+            wanted = set(counted)
+            return [
+                [[at for at in members if at in wanted] for members in plan]
+                for plan in self._plans(sequences)
+            ]
+        return [
+            [[counted[at] for at in members] for members in plan]
+            for plan in self._plans([sequences[at] for at in counted])
+        ]
 
     def _pack(
         self, sequences: Sequence[TrainingSequence], plan: Plan, denominator: float

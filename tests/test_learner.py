@@ -150,6 +150,28 @@ def test_dropping_zero_advantages_changes_the_span_and_nothing_else(workers: Wor
     assert largest_error(dropped, kept) > 1e-6
 
 
+@pytest.mark.parametrize("split", [{"tokens_per_microbatch": 64}, {"sequences_per_microbatch": 3}])
+def test_sequences_without_loss_tokens_cost_nothing_and_change_nothing(
+    workers: WorkerPool, split: dict[str, int]
+) -> None:
+    silent = [replace(s, loss_mask=(0,) * len(s.tokens)) for s in batch()[:3]]
+    loud = batch()[3:9]
+    # Threes of sequences stay threes, the last of them empty.
+    (with_silent, sums), (without, _) = (
+        workers.run(
+            1,
+            minibatch_gradients,
+            model=TINY,
+            parallel=ParallelConfig(),
+            trees=[{"algorithm": "proma", "batching": split}],
+            sequences=sequences,
+        )[0][0]
+        for sequences in ([*loud, *silent], loud)
+    )
+    assert sums.tokens == sum(s.loss_tokens for s in loud)
+    assert all(torch.equal(with_silent[name], value) for name, value in without.items())
+
+
 @pytest.mark.parametrize("layout", [None, "DP2"])
 @pytest.mark.parametrize("algorithm", ["reinforce", "proma"])
 def test_a_minibatch_that_is_dropped_whole_has_no_gradient(

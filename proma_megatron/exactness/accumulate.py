@@ -31,9 +31,10 @@ def replica_share(
 ) -> list[Microbatch]:
     """The packed chain of one replica: microbatches ``replica``, ``replica + replicas``, ...
 
-    Empty microbatches fill it up to at least one, and to what an interleaved schedule takes.
+    Sequences without loss tokens, whose gradients are 0, are left out. Empty microbatches fill it
+    up to at least one, and to what an interleaved schedule takes.
     """
-    mine = list(batch[replica::replicas])
+    mine = [[s for s in found if s.loss_tokens] for found in batch[replica::replicas]]
     multiple = topology.pipeline.size if topology.virtual_pipeline > 1 else 1
     wanted = max(1, -(-len(mine) // multiple)) * multiple
     mine += [[]] * (wanted - len(mine))
