@@ -25,6 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from proma_megatron.output import complete_or_absent
+from proma_megatron.projection.choosing import describe
 from proma_megatron.storage import written
 
 TRACED = 2  # which RL step of a process is traced: the first one pays for what is done once
@@ -40,7 +41,7 @@ _MEGATRON_TIMERS = {
     "all-grads-sync": "reduce",
 }
 # Where the accumulator takes over from autograd.
-_PROJECTION = ("linear", "scale", "embedding", "begin_backward", "finish")
+_PROJECTION = ("linear", "scale", "embedding", "_end_backward", "finish")
 _PROJECTION_NOTE = "projection: with the weight gradients, which the accumulator computes, too"
 
 
@@ -134,6 +135,7 @@ class Profile:
         self._traced: tuple[int, Spent, list[Operator]] | None = None
         self._spent = self._before
         self._tracing = False
+        self._accumulator: Any | None = None
 
     # ------------------------------------------------------------------ measuring
 
@@ -190,6 +192,7 @@ class Profile:
     def observe(self, config: Any, accumulator: Any | None) -> None:
         # Megatron's schedules ask for timers and do without where there are none.
         config.timers = _Timers(self)
+        self._accumulator = accumulator
         for name in _PROJECTION if accumulator is not None else ():
             setattr(accumulator, name, self._timed(getattr(accumulator, name)))
 
@@ -235,6 +238,9 @@ class Profile:
             return None
         if any(" projection " in line for line in parts):
             parts += ["", _PROJECTION_NOTE]
+        if self._accumulator is not None and self._accumulator.choices:
+            found = describe(self._accumulator.choices, self._accumulator.rates)
+            parts += ["", "sequence gradients of weights, in the last microbatch", *found]
         text = "\n".join(parts)
         path = self._logs / "profile.txt"
         with written(path), complete_or_absent(path) as part:

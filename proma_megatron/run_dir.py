@@ -68,6 +68,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def rates(self) -> Path:
+        """What the machine was measured to do; see `projection.choosing`."""
+        return self.logs / "rates.json"
+
+    @property
     def tokenizer(self) -> Path:
         """The SentencePiece model that this run trained, or was given."""
         return self.path / "tokenizer.model"

@@ -30,6 +30,7 @@ from proma_megatron.policy.model import build_policy
 from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.profiling import Off, Profile, Profiler
 from proma_megatron.projection.accumulator import Accumulator
+from proma_megatron.projection.choosing import Rates
 from proma_megatron.records import RolloutGroup, StepReport, TrainingSequence
 from proma_megatron.references import Batch, Divergences, References, due
 from proma_megatron.reporting import Reporter
@@ -105,13 +106,20 @@ class Trainer:
     def _build_accumulator(self) -> Accumulator | None:
         if not self.config.projects:
             return None
-        return Accumulator(
+        path = self.run_dir.rates
+        known = Rates.read(path) if self.topology.is_main else None
+        accumulator = Accumulator(
             self.policy.modules,
             self.policy.shards,
             self.config.projection,
             self.topology,
             tied=self.config.model.tie_embeddings,
+            rates=known,
         )
+        if self.topology.is_main and known is None and accumulator.rates is not None:
+            with written(path):
+                accumulator.rates.write(path)
+        return accumulator
 
     @contextmanager
     def _watched(self, phase: str) -> Iterator[None]:
