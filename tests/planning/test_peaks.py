@@ -160,7 +160,8 @@ def test_the_rollout_peak_agrees_and_its_cache_is_exact(workers: WorkerPool, nam
         }
         dropping = moments.pop("dropping rows")
         copied = dropping.kv_cache - measured.cache
-        assert 0 <= measured.dropping - copied <= 16 * 16  # the rows' indices and paddings
+        # The rows' indices and paddings come on top; earlier garbage may go meanwhile.
+        assert abs(measured.dropping - copied) <= 16 * 16
         ratio = max(moment.total for moment in moments.values()) / measured.peak
         print(f"{ratio:.3f} of the measured {measured.peak:,} bytes on stage {measured.stage}")
         assert abs(ratio - 1) <= ROLLOUT, f"{ratio:.3f} of {measured.peak}: {stage.rollout}"
