@@ -195,7 +195,7 @@ def run(options: argparse.Namespace) -> None:
         results.write()
         wanted = dict.fromkeys(found for name in options.series for found in SERIES[name])
         settings = sorted(results.missing(list(wanted)), key=lambda found: found.shape.hidden)
-        effort = Effort(ways=("plain", "proma"), seconds=options.seconds)
+        effort = Effort(ways=("plain", "proma"), seconds=options.seconds, least=3)
         run_settings(settings, effort, options.json, options.device)
     results = Results.read(options.json)
     results.note({"fits": fits(results)})
