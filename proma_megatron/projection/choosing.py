@@ -101,7 +101,9 @@ def agree_on_rates(
     grads: list[torch.Tensor] = [weight.main_grad for weight in weights]  # type: ignore[attr-defined]
     largest = max(grads, key=lambda grad: grad.nbytes, default=None)
     (known,) = topology.from_rank_0([known])
-    if known is None and largest is not None and largest.nbytes >= SMALL_BYTES:
+    if known is not None:
+        return known
+    if largest is not None and largest.nbytes >= SMALL_BYTES:
         known = Rates.measure(largest.dtype, largest.device)
     (known,) = topology.from_rank_0([known])
     return known

@@ -21,7 +21,7 @@ from proma_megatron.projection.solver import (
     Capture,
     Summands,
     add,
-    add_plainly,
+    add_unprojected,
     sum_over_tensor_group,
     symmetric,
     triangle,
@@ -46,14 +46,7 @@ class Preconditioning:
         return True  # K says how to add a microbatch, whatever is there already
 
     def take(self, capture: Capture, microbatch: Microbatch) -> list[Summands]:
-        projected = [unit for unit in capture.units if unit.projected]
-        if not microbatch.sequences.count:
-            projected = []
-        add_plainly(
-            capture,
-            [unit for unit in capture.units if unit not in projected],
-            microbatch.advantages,
-        )
+        projected = add_unprojected(capture, microbatch)
         if isinstance(capture.factors, VectorFactors):
             return [_vector(capture, unit, capture.factors) for unit in projected]
         if not projected:

@@ -21,7 +21,7 @@ from proma_megatron.projection.solver import (
     Capture,
     Summands,
     add,
-    add_plainly,
+    add_unprojected,
     sum_over_tensor_group,
     symmetric,
     triangle,
@@ -57,14 +57,7 @@ class Projecting:
         return not first
 
     def take(self, capture: Capture, microbatch: Microbatch) -> list[Summands]:
-        projected = [unit for unit in capture.units if unit.projected]
-        if capture.first or not microbatch.sequences.count:
-            projected = []
-        add_plainly(
-            capture,
-            [unit for unit in capture.units if unit not in projected],
-            microbatch.advantages,
-        )
+        projected = add_unprojected(capture, microbatch, projects=not capture.first)
         if isinstance(capture.factors, VectorFactors):
             return [self._vector(capture, unit, capture.factors) for unit in projected]
         if not projected:

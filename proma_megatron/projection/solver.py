@@ -140,6 +140,21 @@ def add_plainly(capture: Capture, units: Iterable[Unit], advantages: torch.Tenso
     _add(capture, [(tuple(merged), advantages)])
 
 
+def add_unprojected(
+    capture: Capture, microbatch: Microbatch, *, projects: bool = True
+) -> list[Unit]:
+    """Add units that the rule leaves alone plainly; the others.
+
+    Args:
+        projects: False: the rule leaves all of them alone.
+    """
+    projects = projects and microbatch.sequences.count > 0
+    projected = [unit for unit in capture.units if unit.projected and projects]
+    plain = [unit for unit in capture.units if not (unit.projected and projects)]
+    add_plainly(capture, plain, microbatch.advantages)
+    return projected
+
+
 def add(units: Iterable[tuple[Capture, Unit]], coefficients: Iterable[torch.Tensor]) -> None:
     """``A <- A + G coefficients`` on this rank's entries of each unit; coefficients (k,)."""
     parts: dict[int, tuple[Capture, list[Part]]] = {}
