@@ -57,7 +57,7 @@ class Group:
             self.passing = 0
             self._add_subspaces(weight, _range_rows(weight, self.config, sizes.tensor))
             return
-        slices = sizes.sequences + (0 if self.config.projection.acts_alone else 1)
+        slices = kept_slices(self.config, sizes)
         size = slices * weight.count * grad
         keeps = self.config.projection.gradients != "stream"
         if keeps and self.materialized + size <= self.half:
@@ -115,6 +115,11 @@ class Group:
         workspace = max(self.materialized, kept) + max(self.scratch, scratch)
         passing = max(self.finding + self.finding_block, self.found + self.solving)
         return self.held + workspace + passing
+
+
+def kept_slices(config: RunConfig, sizes: Sizes) -> int:
+    """What a weight's sequence gradients take, in weights: k, and a place for what A holds."""
+    return sizes.sequences + (0 if config.projection.acts_alone else 1)
 
 
 def is_projected(parameter: Local, config: RunConfig) -> bool:
