@@ -16,7 +16,13 @@ from proma_megatron.planning.activations import kept_by_layer, norm_backward, no
 from proma_megatron.planning.counts import Counts
 from proma_megatron.planning.shapes import EMBEDDING, HEAD, Local, Stage
 from proma_megatron.planning.sizes import Sizes
-from proma_megatron.planning.workspace import Group, LookupWorkspace, is_projected, kept_slices
+from proma_megatron.planning.workspace import (
+    Group,
+    LookupWorkspace,
+    is_projected,
+    passing_slices,
+    slices_of,
+)
 
 LOSS_CHUNK = 4096  # tokens whose wide logits exist at one time: CHUNK of policy/logprobs.py
 
@@ -164,7 +170,7 @@ class _Pass:
     def _fits(self, before: Sequence[Local], after: Sequence[Local]) -> bool:
         """Whether a group can wait for another one."""
         group = self._group(list(before))
-        slices = kept_slices(self.config, self.sizes)
+        slices = slices_of(self.config, self.sizes)
         size = slices * sum(w.count for w in after) * self.sizes.precision.gradient
         return group.held + group.materialized + size <= group.half
 
@@ -322,7 +328,7 @@ class _Pass:
 
     def _lookup(self, table: Local) -> LookupWorkspace:
         projects = self.projects and is_projected(table, self.config)
-        slices = kept_slices(self.config, self.sizes)
+        slices = passing_slices(self.config, self.sizes)
         block = self._group([]).block
         return LookupWorkspace.of(self.sizes, table, block, slices if projects else 0)
 

@@ -11,6 +11,9 @@ plan is made, from step to step.
 Intra-PROMA forms no G of single sequences: it has matrices of T rows in float64 for each X and dY
 of the group, and the unit's gradient in blocks. What a factorization needs inside is not counted,
 and `auto` is taken to keep what fits.
+
+Short vectors are not counted: their sequence gradients wait, up to 16 MiB of them, for the end of
+the microbatch, and their solve makes a few copies.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from proma_megatron.config import RunConfig
 from proma_megatron.planning.shapes import Local
 from proma_megatron.planning.sizes import Sizes
 from proma_megatron.policy.parameters import Fusion
+from proma_megatron.projection.factors import kept_slices
 from proma_megatron.projection.subspace import is_direct, sketch_width
 from proma_megatron.projection.workspace import BLOCK_BYTES
 
@@ -57,15 +61,14 @@ class Group:
             self.passing = 0
             self._add_subspaces(weight, _range_rows(weight, self.config, sizes.tensor))
             return
-        slices = kept_slices(self.config, sizes)
-        size = slices * weight.count * grad
+        size = slices_of(self.config, sizes) * weight.count * grad
         keeps = self.config.projection.gradients != "stream"
         if keeps and self.materialized + size <= self.half:
             self.materialized += size
             return
         self.held += factors + (sizes.tokens * width * grad if lookup else 0)
         self.passing = sizes.tokens * width * grad if lookup else 0
-        row = slices * width * grad
+        row = passing_slices(self.config, sizes) * width * grad
         self.scratch = max(self.scratch, min(rows, max(1, self.block // row)) * row)
         self._scale(sizes.tokens * rows * grad)
 
@@ -117,8 +120,13 @@ class Group:
         return self.held + workspace + passing
 
 
-def kept_slices(config: RunConfig, sizes: Sizes) -> int:
-    """What a weight's sequence gradients take, in weights: k, and a place for what A holds."""
+def slices_of(config: RunConfig, sizes: Sizes) -> int:
+    """What a weight's sequence gradients take where they are kept, in weights."""
+    return kept_slices(sizes.sequences, accumulates=not config.projection.acts_alone)
+
+
+def passing_slices(config: RunConfig, sizes: Sizes) -> int:
+    """What they take of each row in passing: k, and what A holds."""
     return sizes.sequences + (0 if config.projection.acts_alone else 1)
 
 

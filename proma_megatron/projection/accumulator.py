@@ -30,6 +30,7 @@ from proma_megatron.projection.factors import (
     Lookup,
     LookupFactors,
     VectorFactors,
+    kept_slices,
 )
 from proma_megatron.projection.preconditioning import Preconditioning
 from proma_megatron.projection.projecting import Projecting
@@ -293,7 +294,7 @@ class Accumulator:
             entries=shard.parameter.numel(),
             itemsize=dtype.itemsize,
             tokens=sequences.offsets[-1],
-            slices=sequences.count + self.solver.accumulates,
+            slices=kept_slices(sequences.count, accumulates=self.solver.accumulates),
             room=self.workspace.half - self.workspace.held,
             rates=self.rates,
         )
@@ -333,7 +334,7 @@ class Accumulator:
             return False
         if None not in (before.layer, group.layer):
             return False
-        slices = sequences + self.solver.accumulates
+        slices = kept_slices(sequences, accumulates=self.solver.accumulates)
         size = slices * self._group_bytes.get(group.layer, 0)
         return self._held + self.workspace.held + size <= self.workspace.half
 

@@ -59,10 +59,10 @@ def contract(stack: torch.Tensor, count: int, chunk: int) -> torch.Tensor:
     return torch.bmm(chunks, chunks[:, :count].mT)
 
 
-def energies(matrix: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Squared norms (rows / chunk,) of chunks of ``matrix`` (rows, width)."""
-    chunks = matrix.view(matrix.shape[0] // chunk, 1, chunk * matrix.shape[1])
-    return torch.bmm(chunks, chunks.mT)[:, 0, 0]
+def dots(left: torch.Tensor, right: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Inner products (rows / chunk,) of the chunks of two matrices (rows, width)."""
+    shape = (left.shape[0] // chunk, 1, chunk * left.shape[1])
+    return torch.bmm(left.view(shape), right.view(shape).mT)[:, 0, 0]
 
 
 def by_unit(values: torch.Tensor, units: Sequence[Rows], chunk: int) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ from proma_megatron.projection.contraction import (
     by_unit,
     chunk_rows,
     contract,
-    energies,
+    dots,
 )
 from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Sequences
@@ -128,7 +128,8 @@ class LinearFactors:
             accumulates: products will be with an accumulated gradient, too.
         """
         k = self.sequences.count
-        stack = self.workspace.take((k + accumulates, *self.shape), self.x.dtype)
+        slices = kept_slices(k, accumulates=accumulates)
+        stack = self.workspace.take((slices, *self.shape), self.x.dtype)
         self._form(0, self.shape[0], stack)
         return SequenceGradients(stack, k)
 
@@ -259,7 +260,8 @@ class SequenceGradients:
     def __init__(self, stack: torch.Tensor, count: int) -> None:
         """
         Args:
-            stack: (k, out, in), or (k + 1, out, in) with room for an accumulated gradient.
+            stack: (k, out, in), or (k + 1, out, in) with room for an accumulated gradient where
+                k > 1.
             count: k.
         """
         self._stack = stack
@@ -270,6 +272,10 @@ class SequenceGradients:
     ) -> list[Products]:
         _, rows, width = self._stack.shape
         chunk = chunk_rows(units, rows, width)
+        if accumulated is not None and self._count == 1:  # two dots: no copy, and no GEMM's packing
+            (gradient,) = self._stack[:1]
+            pairs = [dots(gradient, other, chunk) for other in (gradient, accumulated)]
+            return _products(torch.stack(pairs, dim=1)[..., None], units, accumulated, chunk)
         if accumulated is not None:
             self._stack[self._count] = accumulated  # so that one pass gives K and c
         found = contract(self._stack, self._count, chunk)
@@ -283,6 +289,15 @@ class SequenceGradients:
                 accumulated[start:stop].view(-1).addmv_(gradients.t(), weights)
 
 
+def kept_slices(count: int, *, accumulates: bool) -> int:
+    """What G of ``count`` sequences takes, in weights.
+
+    Args:
+        accumulates: with room for an accumulated gradient, beside which several are contracted.
+    """
+    return count + (accumulates and count > 1)
+
+
 def _products(
     found: torch.Tensor, units: Sequence[Rows], accumulated: torch.Tensor | None, chunk: int
 ) -> list[Products]:
@@ -292,7 +307,7 @@ def _products(
     if accumulated is None:
         nothing = found.new_zeros((), dtype=torch.float64)
         return [Products(gram, nothing.expand(k), nothing) for gram in whole]
-    energy = by_unit(energies(accumulated, chunk), units, chunk)
+    energy = by_unit(dots(accumulated, accumulated, chunk), units, chunk)
     return [Products(sums[:k], sums[k], e) for sums, e in zip(whole, energy, strict=True)]
 
 
@@ -366,5 +381,5 @@ class LookupFactors:
             nothing = sums.new_zeros(())
             return Products(sums, nothing.expand(k), nothing)
         # What no token of the microbatch uses is part of |A|^2, though of no product.
-        (energy,) = by_unit(energies(accumulated, 1), [rows], 1)
+        (energy,) = by_unit(dots(accumulated, accumulated, 1), [rows], 1)
         return Products(sums[:k], sums[k], energy)
