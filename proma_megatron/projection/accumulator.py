@@ -3,7 +3,8 @@
 It is the `GradientSink` of the policy's layers. During backward each layer hands it the factors of
 its weight gradient, and the rule's updater takes from them what it needs. Parameters of one
 transformer layer are finished together: one sum over tensor ranks for all of them, and then the
-update of ``main_grad``. Each parameter sees its microbatches in order 0..M-1.
+update of ``main_grad``; that of short vectors may wait for the end of the backward pass. Each
+parameter sees its microbatches in order 0..M-1.
 
 Microbatches are told apart by `begin_backward`, which the schedule calls when the backward of a
 microbatch reaches this model chunk: under 1F1B forwards run ahead of backwards, and recompute runs
@@ -41,6 +42,9 @@ from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Microbatch, Sequences
 from proma_megatron.topology import Axis, Topology
 
+# Beyond so many bytes, units that wait for the end of the backward pass are solved at once.
+LATE_BYTES = 16 * 2**20
+
 
 @dataclass(frozen=True)
 class Current:
@@ -59,7 +63,7 @@ class Group:
     layer: int | None  # None: embedding, final norm and head
 
 
-def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updater[Any]:
+def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updater[Any, Any]:
     """The rule of a configuration; ``dtype`` is the one that the model computes in."""
     assert config.rule != "none", "rule 'none' is Megatron's own accumulation"
     if config.rule == "subspace":
@@ -126,6 +130,8 @@ class Accumulator:
         self.choices: dict[str, Choice] = {}
         self._pending: list[Any] = []
         self._held = 0  # bytes that the pending hold besides the workspace
+        self._late: list[Any] = []  # units that wait for the end of the backward pass
+        self._late_bytes = 0
         self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seen: dict[int, int] = {}
         self._begun: set[int] = set()  # parameters that something has been added to
@@ -183,6 +189,7 @@ class Accumulator:
         self._begun.clear()
         # What a backward pass left that was broken off belongs to no step.
         self._pending, self._held, self._group, self._tied_head = [], 0, None, None
+        self._late, self._late_bytes = [], 0
         self.workspace.free()
         if self.ends is not None:
             self.ends.forget()
@@ -197,6 +204,8 @@ class Accumulator:
     @torch.no_grad()
     def _end_backward(self) -> None:
         self._flush()
+        self._finish_late(self._now().microbatch)
+        self.tally.settle()
         self._current = self._group = None
 
     @torch.no_grad()
@@ -206,7 +215,7 @@ class Accumulator:
         Raises:
             RuntimeError: a parameter did not see every microbatch; its gradient would be wrong.
         """
-        assert not self._pending, "the end of each backward pass finishes what it captured"
+        assert not self._pending + self._late, "the end of each backward pass finishes its captures"
         if self.ends is not None and self.topology.is_last_stage:
             self._drain_tied(microbatches)
         self.workspace.release()
@@ -358,10 +367,19 @@ class Accumulator:
     def _finish(self, microbatch: Microbatch) -> None:
         pending, self._pending = self._pending, []
         if pending:
-            self.solver.finish(pending, microbatch)
+            late = self.solver.finish(pending, microbatch)
+            self._late += late
+            self._late_bytes += sum(found.nbytes for found in late)
         del pending
         self._held = 0
         self.workspace.free()
+        if self._late_bytes > LATE_BYTES:
+            self._finish_late(microbatch)
+
+    def _finish_late(self, microbatch: Microbatch) -> None:
+        late, self._late, self._late_bytes = self._late, [], 0
+        if late:
+            self.solver.finish_late(late, microbatch)
 
     # ------------------------------------------------------------------ tied embedding and head
 
@@ -377,7 +395,7 @@ class Accumulator:
         """Finish the tied tensor for held microbatches with an index below ``stop``."""
         assert self.ends is not None
         assert self.tied_table is not None
-        assert not self._pending, "tied microbatches are finished between groups of captures"
+        assert not self._pending + self._late, "tied microbatches are finished between others"
         shard = self.tied_table
         for held in self.ends.ready(stop):
             dtype = self._dtype(shard.parameter)

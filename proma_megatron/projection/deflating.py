@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Never
 
 import torch
 
@@ -71,9 +72,13 @@ class Deflating:
         )
         return linears
 
-    def finish(self, pending: Sequence[_Linear], microbatch: Microbatch) -> None:
+    def finish(self, pending: Sequence[_Linear], microbatch: Microbatch) -> list[Never]:
         """``A <- A + G - shrinkage * clamp(R)`` for every linear unit."""
         self._remove(pending, microbatch)
+        return []
+
+    def finish_late(self, late: Sequence[Never], microbatch: Microbatch) -> None:
+        """Nothing waits."""
 
     def _linears(
         self, capture: Capture, factors: LinearFactors, microbatch: Microbatch

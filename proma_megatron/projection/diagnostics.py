@@ -13,7 +13,7 @@ before something has been accumulated. What "removed" and "accumulated" are depe
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,36 @@ class UnitSums:
 _FIELDS = tuple(field.name for field in fields(UnitSums))
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Units that were solved from one microbatch."""
+
+    names: tuple[str, ...]
+    gram: torch.Tensor  # (U, k, k)
+    energy: torch.Tensor  # (U,)
+    advantages: torch.Tensor  # (k,)
+    outcome: Outcome  # (U,)
+
+    @classmethod
+    def joined(cls, batches: Sequence[_Batch]) -> _Batch:
+        """Of the same microbatch."""
+        names = tuple(name for batch in batches for name in batch.names)
+        outcomes = [batch.outcome for batch in batches]
+        outcome = Outcome(
+            **{
+                field.name: torch.cat([getattr(found, field.name) for found in outcomes])
+                for field in fields(Outcome)
+            }
+        )
+        return cls(
+            names,
+            torch.cat([batch.gram for batch in batches]),
+            torch.cat([batch.energy for batch in batches]),
+            batches[0].advantages,
+            outcome,
+        )
+
+
 class Tally:
     """Collects the sums of each unit during a backward pass, without waiting for the device.
 
@@ -98,6 +128,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], torch.Tensor] = {}  # (U, fields of UnitSums)
+        self._added: list[_Batch] = []  # not counted yet
         self._finite: list[tuple[int, torch.Tensor]] = []  # microbatch, (U,) bool
 
     def check(self, microbatch: int, finite: torch.Tensor) -> None:
@@ -118,7 +149,25 @@ class Tally:
         advantages: torch.Tensor,
         outcome: Outcome,
     ) -> None:
-        """Count a batch of units: K (U, k, k), |A|^2 or what stands for it (U,), a (k,)."""
+        """Take in a batch of units: K (U, k, k), |A|^2 or what stands for it (U,), a (k,).
+
+        Units of one microbatch come with the same tensor of advantages.
+        """
+        kept = Outcome(**{field.name: getattr(outcome, field.name) for field in fields(Outcome)})
+        self._added.append(_Batch(names, gram, energy, advantages, kept))
+
+    def settle(self) -> None:
+        """Count what was added, all of it together: these are many operations on few numbers."""
+        added, self._added = self._added, []
+        by_microbatch: dict[int, list[_Batch]] = {}
+        for batch in added:
+            by_microbatch.setdefault(id(batch.advantages), []).append(batch)
+        for batches in by_microbatch.values():
+            self._count_batch(_Batch.joined(batches))
+
+    def _count_batch(self, batch: _Batch) -> None:
+        names, gram, energy = batch.names, batch.gram, batch.energy
+        advantages, outcome = batch.advantages, batch.outcome
         k = gram.shape[-1]
         tiny = torch.finfo(gram.dtype).tiny
         diagonal = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0)
@@ -179,6 +228,7 @@ class Tally:
 
     def units(self) -> dict[str, UnitSums]:
         """The sums of each unit that was projected, by its name; one transfer per group."""
+        self.settle()
         found: dict[str, UnitSums] = {}
         for names, rows in self._sums.items():
             for name, row in zip(names, rows.tolist(), strict=True):

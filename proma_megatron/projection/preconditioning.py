@@ -9,6 +9,7 @@ one k, and are solved together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Never
 
 import torch
 
@@ -57,7 +58,7 @@ class Preconditioning:
             for unit, found in zip(projected, products, strict=True)
         ]
 
-    def finish(self, pending: Sequence[Summands], microbatch: Microbatch) -> None:
+    def finish(self, pending: Sequence[Summands], microbatch: Microbatch) -> list[Never]:
         """``A <- A + G a'`` for every unit."""
         sums = sum_over_tensor_group(pending, self.tensor)
         k = len(microbatch.advantages)
@@ -71,6 +72,10 @@ class Preconditioning:
         names = tuple(found.unit.name for found in pending)
         self.tally.add(names, gram, solution.policy, microbatch.advantages, solution)
         add([(found.capture, found.unit) for found in pending], solution.coefficients)
+        return []
+
+    def finish_late(self, late: Sequence[Never], microbatch: Microbatch) -> None:
+        """Nothing waits."""
 
 
 def _vector(capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:

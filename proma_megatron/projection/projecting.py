@@ -1,14 +1,15 @@
 """PROMA's rules at work: project what has been accumulated, then add the microbatch.
 
 K and c of weights, and the short vectors of norms and biases, are summed over the tensor-parallel
-group in one collective; every rank then solves the same small problems in float64 and changes its
-own part of ``main_grad``. Summands are of a weight half of K, c (k,) and |A|^2 (); of a norm or
-bias G^T (k, n) and A (n,) themselves.
+group in one collective; every rank then solves the same small problems in float64, those of vectors
+at the end of the microbatch's backward pass, and changes its own part of ``main_grad``. Summands
+are of a weight half of K, c (k,) and |A|^2 (); of a norm or bias G^T (k, n) and A (n,) themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -33,6 +34,31 @@ from proma_megatron.topology import Axis
 # Eigenvalues of the normalized K below these are taken for rounding noise: that of its entries,
 # which are sums in the accumulation dtype, and that of the sequence gradients behind them.
 CUTOFFS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-4}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A unit that is projected as a whole vector; every tensor rank has all of it."""
+
+    capture: Capture
+    unit: Unit
+    gradients: torch.Tensor  # G^T (k, n) float64
+    accumulated: torch.Tensor  # A (n,) float64
+
+    @classmethod
+    def of(cls, found: Summands, gradients: torch.Tensor, accumulated: torch.Tensor) -> Vector:
+        """Copies where they are parts of a larger tensor, which would live on with them."""
+        parts = (gradients, accumulated)
+        own = [
+            part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
+            for part in parts
+        ]
+        return cls(found.capture, found.unit, *own)
+
+    @property
+    def nbytes(self) -> int:
+        mine = self.gradients.nbytes + self.accumulated.nbytes
+        return mine + self.capture.factors.nbytes
 
 
 class Projecting:
@@ -68,19 +94,22 @@ class Projecting:
             for unit, found in zip(projected, products, strict=True)
         ]
 
-    def finish(self, pending: Sequence[Summands], microbatch: Microbatch) -> None:
-        """``A <- A - clamp(projection) + G a`` for every unit."""
+    def finish(self, pending: Sequence[Summands], microbatch: Microbatch) -> list[Vector]:
+        """``A <- A - clamp(projection) + G a`` for every weight's unit; vectors can wait."""
         matrices = [found for found in pending if not _is_vector(found)]
         vectors = [found for found in pending if _is_vector(found)]
         sums = sum_over_tensor_group([*matrices, *vectors], self.tensor)
         if matrices:
             self._solve_matrices(matrices, [next(sums) for _ in matrices], microbatch)
-        by_length: dict[int, list[tuple[Summands, tuple[torch.Tensor, ...]]]] = {}
-        for vector, whole in zip(vectors, sums, strict=True):
-            by_length.setdefault(len(whole[1]), []).append((vector, whole))
-        for group in by_length.values():
-            found, wholes = zip(*group, strict=True)
-            self._solve_vectors(found, wholes, microbatch)
+        return [Vector.of(found, *whole) for found, whole in zip(vectors, sums, strict=True)]
+
+    def finish_late(self, late: Sequence[Vector], microbatch: Microbatch) -> None:
+        """The same for whole vectors, all of one length at a time."""
+        by_length: dict[int, list[Vector]] = {}
+        for vector in late:
+            by_length.setdefault(len(vector.accumulated), []).append(vector)
+        for vectors in by_length.values():
+            self._solve_vectors(vectors, microbatch)
 
     def _solve_matrices(
         self,
@@ -105,14 +134,10 @@ class Projecting:
         self.tally.add(names, gram, energy, advantages, solution)
         add([(found.capture, found.unit) for found in matrices], solution.coefficients)
 
-    def _solve_vectors(
-        self,
-        vectors: Sequence[Summands],
-        wholes: Sequence[tuple[torch.Tensor, ...]],
-        microbatch: Microbatch,
-    ) -> None:
+    def _solve_vectors(self, vectors: Sequence[Vector], microbatch: Microbatch) -> None:
         advantages = microbatch.advantages
-        gradients, accumulated = (torch.stack(part) for part in zip(*wholes, strict=True))
+        gradients = torch.stack([vector.gradients for vector in vectors])
+        accumulated = torch.stack([vector.accumulated for vector in vectors])
         solution = solve_vectors(
             self.rule,
             gradients,
@@ -128,7 +153,8 @@ class Projecting:
         self.tally.add(names, gram, energy, advantages, solution)
         for vector, part in zip(vectors, solution.removed_part, strict=True):
             self._subtract(vector, part)
-        add([(found.capture, found.unit) for found in vectors], [advantages] * len(vectors))
+        units = [(vector.capture, vector.unit) for vector in vectors]
+        add(units, [advantages] * len(units))
 
     # ------------------------------------------------------------------ whole vectors
 
@@ -151,7 +177,7 @@ class Projecting:
         whole = take(accumulated[None], unit.rows)[0]
         return Summands(capture, unit, (take(gradients, unit.rows), whole))
 
-    def _subtract(self, vector: Summands, removed: torch.Tensor) -> None:
+    def _subtract(self, vector: Vector, removed: torch.Tensor) -> None:
         """Take ``removed``, a whole vector, out of this rank's part."""
         unit, target = vector.unit, vector.capture.main_grad
         if unit.reduction is Reduction.DISJOINT:

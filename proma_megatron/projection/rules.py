@@ -121,9 +121,7 @@ def solve_vectors(
     gram, overlap = masked(gram, finite), masked(overlap, finite)
     if rule == "exact":
         normalized = _inverse_norms(gram)[..., None] * gradients
-        basis, sizes, _ = torch.linalg.svd(normalized.mT, full_matrices=False)
-        basis = basis * (sizes > cutoff**0.5 * sizes[..., :1])[..., None, :]
-        inside = _apply(basis, _apply(basis.mT, accumulated))
+        inside = _project(normalized, accumulated, cutoff**0.5)
     else:  # their divisors are bounded from below: K is good enough
         beta = (
             _ridge(gram, overlap, _inverse_norms(gram))
@@ -144,6 +142,24 @@ def solve_vectors(
         residual=_residual(left, _inverse_norms(gram)),
         finite=finite,
     )
+
+
+def _project(rows: torch.Tensor, vector: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """The part of ``vector`` (..., n) in the span of ``rows`` (..., m, n).
+
+    Singular values of the rows below ``cutoff`` times the largest count as 0. Eigenvectors of the
+    rows' Gram matrix turn them into nearly orthogonal ones, whose lengths are the singular values
+    to full precision; made unit vectors, those have a Gram matrix of good condition. Two small
+    decompositions for all units of a batch, where an SVD of (n, m) is one after the other.
+    """
+    directions = torch.linalg.eigh(rows @ rows.mT).eigenvectors.mT @ rows
+    sizes = torch.linalg.vector_norm(directions, dim=-1)
+    kept = sizes > cutoff * sizes.amax(dim=-1, keepdim=True)
+    basis = directions * torch.where(kept, 1 / torch.where(kept, sizes, 1.0), 0.0)[..., None]
+    gram = basis @ basis.mT + torch.diag_embed((~kept).to(basis.dtype))
+    # Without a check for singular matrices, for which the host would wait: these are near identity.
+    inside = torch.linalg.solve_ex(gram, _apply(basis, vector)[..., None]).result[..., 0]
+    return _apply(basis.mT, inside)
 
 
 def clamp_factor(removed: torch.Tensor, policy: torch.Tensor, bound: float | None) -> torch.Tensor:

@@ -47,11 +47,12 @@ class Summands:
     tensors: tuple[torch.Tensor, ...]
 
 
-class Updater[Pending](Protocol):
+class Updater[Pending, Late](Protocol):
     """One rule at work. ``tally`` collects its figures; a new one is set at each step.
 
     A parameter is taken when its layer hands over its factors, and finished with its group: what
-    ``take`` returns waits in between.
+    ``take`` returns waits in between. What holds little memory may wait on, for the end of the
+    microbatch's backward pass: small problems cost less together.
     """
 
     tally: Tally
@@ -65,13 +66,20 @@ class Updater[Pending](Protocol):
         """What the parameter's units wait with; units that are added plainly are so at once."""
         ...
 
-    def finish(self, pending: Sequence[Pending], microbatch: Microbatch) -> None:
+    def finish(self, pending: Sequence[Pending], microbatch: Microbatch) -> Sequence[Late]:
         """Add the microbatch to ``main_grad`` of these units, as the rule has it.
+
+        Returns:
+            Units that can wait, and need no other rank any more.
 
         What is not finite raises nothing, or one rank would leave the others waiting: the unit gets
         the microbatch plainly, and `Tally.not_finite` names the microbatch afterwards. All tensor
         ranks solve from the same sums, and so agree.
         """
+        ...
+
+    def finish_late(self, late: Sequence[Late], microbatch: Microbatch) -> None:
+        """As `finish`, of units that `finish` has returned, from any number of groups."""
         ...
 
 

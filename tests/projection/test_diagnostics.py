@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def near(value: float) -> Any:
+def near(value: float | tuple[float, ...]) -> Any:
     return pytest.approx(value, rel=1e-6, abs=1e-9)
 
 
@@ -125,6 +126,25 @@ def test_sums_add_up_over_microbatches_ranks_and_units() -> None:
     assert total.solved == 8
     assert total.removed == pytest.approx(sum(sums.removed for sums in merged.values()))
     assert total.residual == max(sums.residual for sums in merged.values())
+
+
+def test_figures_do_not_depend_on_when_they_are_counted() -> None:
+    """Layer by layer or all at once; layers differ in units, microbatches in sequences."""
+    at_once, at_the_end = Tally(), Tally()
+    for k in (3, 1, 3):
+        generator = torch.Generator().manual_seed(k)
+        advantages = normal(generator, k)
+        for names in (NAMES, ("model.norm.weight",)):
+            gradients = normal(generator, len(names), k, 20)
+            accumulated = normal(generator, len(names), 20)
+            for tally in (at_once, at_the_end):
+                counted(tally, gradients, accumulated, advantages, names=names)
+            at_once.settle()
+    early, late = at_once.units(), at_the_end.units()
+    assert early.keys() == late.keys()
+    for name, sums in early.items():
+        assert astuple(sums) == near(astuple(late[name]))
+    assert early["model.norm.weight"].solved == 3
 
 
 def test_metrics_are_grouped_by_kind_and_by_layer() -> None:

@@ -21,6 +21,7 @@ from support.gradients import (
     collectives,
     gradients,
     gradients_after_a_broken_step,
+    gradients_without_waiting,
     plain_gradients,
     random_batch,
     streaming,
@@ -186,6 +187,27 @@ def test_what_the_workspace_has_room_for_changes_no_gradient(
     batch = random_batch(4, [2, 3, 1, 2])
     found = run(workers, batch, streaming(EXACT, kept))
     assert_equal(found, run(workers, batch), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        SHARDED,
+        ParallelConfig(tensor=2),
+        ParallelConfig(pipeline=2, virtual_pipeline=2),
+    ],
+    ids=["SP2", "TP2", "VPP2"],
+)
+def test_short_vectors_may_wait_for_the_end_of_a_microbatch(
+    workers: WorkerPool, parallel: ParallelConfig
+) -> None:
+    batch = random_batch(6, [3, 1, 2, 3])
+    model = TINY.model_copy(update={"qkv_bias": True})
+    job = {"model": model, "parallel": parallel, "projection": EXACT, "batch": batch}
+    found, waited = (
+        workers.run(2, run, **job)[0] for run in (gradients_without_waiting, gradients)
+    )
+    assert_equal(found, waited, TOLERANCE)
 
 
 def test_an_empty_first_microbatch_is_not_the_first(workers: WorkerPool) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from proma_megatron.policy.losses.options import REINFORCE, UNIT
 from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.parameters import fill, tensor_shapes
 from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.projection import accumulator as accumulator_module
 from proma_megatron.projection import solver
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.solver import Capture
@@ -190,6 +192,18 @@ def plain_gradients(
         return _main_grads(policy)
 
 
+def gradients_without_waiting(
+    device: torch.device,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    projection: ProjectionConfig,
+    batch: Batch,
+) -> dict[str, torch.Tensor]:
+    """As `gradients`, but short vectors are finished with their layer."""
+    with mock.patch.object(accumulator_module, "LATE_BYTES", 0):
+        return gradients(device, model, parallel, projection, batch)
+
+
 def gradients_after_a_broken_step(
     device: torch.device,
     model: ModelConfig,
@@ -213,7 +227,7 @@ def gradients_after_a_broken_step(
         def breaking(capture: Capture, microbatch: Microbatch) -> list[Any]:
             nonlocal projected
             projected += not capture.first
-            if projected == 5:  # others of its group are waiting
+            if projected == 13:  # others of its group wait, and vectors of the last layer
                 raise ArithmeticError
             return take(capture, microbatch)
 
@@ -221,7 +235,9 @@ def gradients_after_a_broken_step(
         with contextlib.suppress(ArithmeticError):
             earlier = replica_share(batch[::-1], 0, 1, topology, total)
             forward_backward(policy, earlier, UNIT, accumulator=accumulator)
-        assert projected == 5
+        assert projected == 13
+        assert accumulator._pending
+        assert accumulator._late
         accumulator.solver.take = take
         microbatches = replica_share(batch, 0, 1, topology, total)
         forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
