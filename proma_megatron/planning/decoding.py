@@ -49,8 +49,9 @@ def _moments(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> I
     yield Moment("decoding", activations=step, kv_cache=cache)
     logits = 0
     if stage.last:
-        vocabulary = sizes.vocab * sizes.tensor
-        local = sizes.logits // sizes.tokens if sizes.tensor > 1 else 0
+        gathered = sizes.tensor > 1 and sorts(config)
+        vocabulary = sizes.vocab * sizes.tensor if gathered else sizes.vocab
+        local = sizes.logits // sizes.tokens if gathered else 0
         logits = batch * (local + vocabulary * (e + _sampling(config, sizes)))
         yield Moment("sampling", logits=logits, kv_cache=cache)
         logits = batch * vocabulary * e
@@ -59,13 +60,24 @@ def _moments(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> I
     yield Moment("dropping rows", logits=logits, kv_cache=cache + copied)
 
 
+def sorts(config: RunConfig) -> bool:
+    """Whether drawing a token puts the vocabulary in order, for which it is gathered."""
+    evaluation = config.evaluation
+    greedy = evaluation.temperature == 0 or (
+        evaluation.temperature is None and evaluation.samples == 1
+    )
+    return config.rollout.top_p < 1 or (evaluation.top_p < 1 and not greedy)
+
+
 def _sampling(config: RunConfig, sizes: Sizes) -> int:
-    """Bytes a vocabulary entry that `sample` holds at its worst, beside the logits."""
+    """Bytes a vocabulary entry that sampling holds at its worst, beside the logits."""
     wide = sizes.precision.wide
+    if sizes.tensor > 1 and not sorts(config):
+        return wide + 8 + 4 + 8  # float64 weights, and a count of those that are not 0
     copy = wide if wide > sizes.precision.compute else 0
     # Log-probabilities, float64 probabilities, their sum, and a count of those that are not 0.
     plain = copy + wide + 8 + 8 + 4 + 8
-    if min(config.rollout.top_p, config.evaluation.top_p) < 1:
+    if sorts(config):
         # Sorted values with their order, what precedes each, the mask, and the order's inverse.
         return max(plain, copy + wide + 8 + 8 + 8 + 8 + 1 + 8 + 8)
     return plain

@@ -227,6 +227,7 @@ def _rollout(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> i
     n, e = sizes.tensor, sizes.precision.compute
     sequences = counts.sequences // (config.parallel.data or 1)
     new = config.rollout.max_new_tokens
+    drawn = sequences * new
     tokens = sequences * (config.rollout.max_prompt_tokens + new - 1)
     hidden = tokens * sizes.hidden * e
     sums = 2 * stage.layers + (1 if stage.first else 0)
@@ -235,6 +236,13 @@ def _rollout(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> i
         total += stage.layers * gather(tokens * sizes.qkv_kept * e, n)
     total += hidden * _Ends(config, stage).sent_forward
     if stage.last:
-        total += gather(sequences * new * sizes.vocab * n * e, n)
-        total += 16 * sequences * new if config.parallel.model_size > 1 else 0  # token, probability
+        if config.rollout.top_p < 1:
+            total += gather(drawn * sizes.vocab * n * e, n)
+        else:  # of each shard its largest logit and two masses, and with a top-k so many logits
+            total += gather(drawn * n * (24 + config.rollout.top_k * sizes.precision.wide), n)
+    # Token and probability: a sum over all ranks, or what the last stage tells the others.
+    if n > 1 and config.rollout.top_p == 1:
+        total += all_reduce(16 * drawn, config.parallel.model_size)
+    elif stage.last and config.parallel.model_size > 1:
+        total += 16 * drawn
     return total

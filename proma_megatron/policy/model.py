@@ -94,6 +94,12 @@ class Policy:
         """The bare `PolicyModel`s, in the order of virtual pipeline stages."""
         return [chunk.module for chunk in self.chunks]
 
+    @property
+    def first_token(self) -> int:
+        """The token of this rank's first column of the vocabulary."""
+        tensor = self.topology.tensor
+        return tensor.rank * -(-self.vocab_size // tensor.size)
+
     def forward_packed(self, chunk: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor:
         """Logits (T, V/tp) on the last stage, hidden states for the next stage elsewhere."""
         layout = PackedLayout.of(microbatch.lengths, microbatch.num_tokens, self.topology.device)

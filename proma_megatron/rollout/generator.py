@@ -2,13 +2,14 @@
 
 Decoding is a batch over prompts of different lengths, padded at the left; every row has its own
 positions and its own noise, so a rollout is the same in any batch. Pipeline stages pass hidden
-states by hand; the last stage samples and broadcasts.
+states by hand; the last stage samples, from shards of the vocabulary, and tells the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from megatron.core.inference.utils import InferenceMode
 
 from proma_megatron.policy.attention import KeyValueCache
 from proma_megatron.policy.model import Policy
-from proma_megatron.rollout.sampling import sample
+from proma_megatron.rollout.sampling import sample, sample_shard
 
 LOOK_TOKENS = 32  # decoded between two looks at whether to give up
 Interrupt = Callable[[], object]  # true: give up
@@ -36,6 +37,11 @@ class SamplingOptions:
     max_new_tokens: int = 48
     batch_size: int = 128
     greedy: bool = False
+
+    @property
+    def sorts(self) -> bool:
+        """Whether a draw needs all logits of a row in order."""
+        return not self.greedy and self.top_p < 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def _decode(
     for position in range(options.max_new_tokens):
         if interrupt is not None and position % LOOK_TOKENS == LOOK_TOKENS - 1 and interrupt():
             raise Interrupted
-        logits = _next_logits(policy, cache, inputs)
+        logits = _next_logits(policy, cache, inputs, gather=options.sorts)
         if position == 0 and len(distinct) < count:
             rows = torch.tensor(owner, device=device)
             cache.keep(rows)
@@ -146,8 +152,14 @@ def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], 
     return list(places), owner
 
 
-def _next_logits(policy: Policy, cache: KeyValueCache, inputs: torch.Tensor) -> torch.Tensor | None:
-    """(b, V) logits of the next token on the last stage, None on the others."""
+def _next_logits(
+    policy: Policy, cache: KeyValueCache, inputs: torch.Tensor, *, gather: bool
+) -> torch.Tensor | None:
+    """Logits of the next token on the last stage, None on the others.
+
+    Args:
+        gather: (b, V) on every tensor rank; otherwise this rank's columns, without padding.
+    """
     topology = policy.topology
     batch, count = inputs.shape
     positions, mask = cache.positions(count), cache.mask(count)
@@ -162,7 +174,12 @@ def _next_logits(policy: Policy, cache: KeyValueCache, inputs: torch.Tensor) -> 
             dist.recv(hidden, group=stages.group, group_src=(stages.rank - 1) % stages.size)
             module.set_input_tensor(hidden)
         output = module(
-            inputs, positions, mask, inference_context=cache, runtime_gather_output=True
+            inputs,
+            positions,
+            mask,
+            inference_context=cache,
+            runtime_gather_output=True,  # Megatron insists; `_own_logits` goes around it
+            output_processor=None if gather else _own_logits,
         )
         if not last:
             assert output is not None
@@ -173,7 +190,18 @@ def _next_logits(policy: Policy, cache: KeyValueCache, inputs: torch.Tensor) -> 
             )
             output = None
     cache.length += count
-    return None if output is None else output[:, -1, : policy.vocab_size]
+    if output is None:
+        return None
+    first = 0 if gather else policy.first_token
+    return output[:, -1, : max(0, policy.vocab_size - first)]
+
+
+def _own_logits(
+    hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, **_: Any
+) -> torch.Tensor:
+    """(b, 1, V/tp) of the last token, from hidden states (s, b, h): Megatron's output processor."""
+    logits, _ = output_layer(hidden_states[-1:], weight=output_weight, runtime_gather_output=False)
+    return logits.transpose(0, 1)
 
 
 def _draw(
@@ -185,17 +213,29 @@ def _draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (b,) and log-probabilities (b,), equal on every rank of the replica.
 
-    All tensor ranks of the last stage hold the same gathered logits and the same noise; the
-    broadcast from the first of them makes equality certain rather than likely.
+    A rank draws from its own columns of the vocabulary, and the sum over all ranks is what the one
+    that holds the draw has found. If rows have to be sorted, all tensor ranks of the last stage
+    hold the same gathered logits, and the first of them tells the others.
     """
     topology = policy.topology
-    packed = torch.empty((2, count), dtype=torch.float64, device=topology.device)
-    if logits is not None:
-        tokens, logprobs = sample(
+    packed = torch.zeros((2, count), dtype=torch.float64, device=topology.device)
+    sharded = topology.tensor.size > 1 and not options.sorts
+    if logits is not None and sharded:
+        packed[0], packed[1] = sample_shard(
+            logits,
+            policy.first_token,
+            uniform,
+            options.temperature,
+            options.top_k,
+            topology.tensor,
+        )
+    elif logits is not None:
+        packed[0], packed[1] = sample(
             logits, uniform, options.temperature, options.top_k, options.top_p
         )
-        packed[0], packed[1] = tokens, logprobs
-    if topology.model.size > 1:
+    if sharded:
+        dist.all_reduce(packed, group=topology.model.group)
+    elif topology.model.size > 1:
         source = topology.model.global_rank(topology.model.size - topology.tensor.size)
         dist.broadcast(packed, src=source, group=topology.model.group)
     return packed[0].long(), packed[1]

@@ -131,6 +131,8 @@ ROLLOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
     "vocabulary": ({}, {}, {}, 8192),
     "vocabulary, top-p": ({}, {}, {"top_p": 0.9}, 4096),
     "TP2 PP2": ({}, {"tensor": 2, "pipeline": 2}, {}, 4096),
+    "TP2, top-p": ({}, {"tensor": 2}, {"top_p": 0.9}, 4096),
+    "TP2, top-k": ({}, {"tensor": 2}, {"top_k": 20}, 4096),
     "TP4, 2 KV heads": ({}, {"tensor": 4}, {}, 64),
 }
 

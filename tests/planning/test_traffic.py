@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.allocation import sent_in_training
+from support.allocation import sent_in_rollout, sent_in_training
 from support.gradients import TINY, VOCAB, collectives, random_batch
 from support.pool import WorkerPool
 
@@ -71,6 +71,41 @@ def test_training_sends_what_is_planned(workers: WorkerPool, name: str) -> None:
         measured = sum(sent.values())
         # What is not planned is a few numbers a message: the shapes that stages tell each other.
         assert planned <= measured <= planned * 1.01 + 256, (planned, measured, sent, traffic)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "draw"),
+    [
+        ({"tensor": 2}, {}),
+        ({"tensor": 2}, {"top_p": 0.9}),
+        ({"tensor": 4}, {"top_k": 3}),
+        ({"tensor": 2, "pipeline": 2}, {}),
+        ({"pipeline": 2}, {}),
+    ],
+    ids=str,
+)
+def test_a_rollout_sends_what_is_planned(
+    workers: WorkerPool, parallel: dict[str, int], draw: dict[str, Any]
+) -> None:
+    lengths = {"max_prompt_tokens": 5, "max_new_tokens": 3, "prompts_per_step": 2}
+    config = RunConfig.model_validate(
+        {
+            "name": "planned",
+            "model": TINY.model_dump() | {"dtype": "float32"},
+            "parallel": parallel,
+            "rollout": lengths | {"samples_per_prompt": 4} | draw,
+        }
+    )
+    plan = make_plan(config, VOCAB, gpu_memory=2**30)
+    found = workers.run(
+        config.parallel.world_size, sent_in_rollout, config=config, vocab_size=VOCAB, sequences=8
+    )
+    told = draw.get("top_p", 1) < 1 or "tensor" not in parallel
+    for stage, sent in found:
+        planned = plan.stages[stage].traffic.rollout
+        if told and stage == len(plan.stages) - 1:
+            planned -= 16 * 8 * 3  # a broadcast, which is not counted
+        assert sum(sent.values()) == pytest.approx(planned, rel=0.01), (planned, sent)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ NEW = 10
 ALL = tuple(range(len(LENGTHS)))
 GREEDY = SamplingOptions(max_new_tokens=NEW, batch_size=8, greedy=True)
 SAMPLED = SamplingOptions(temperature=0.7, top_k=100, top_p=0.95, max_new_tokens=NEW, batch_size=8)
+UNTRUNCATED = replace(SAMPLED, top_k=0, top_p=1.0)
+TOP_K = replace(SAMPLED, top_k=3, top_p=1.0)
 LAYOUTS = {
     "TP2": ParallelConfig(tensor=2),
     "SP2": ParallelConfig(tensor=2, sequence=True),
@@ -91,6 +93,7 @@ def alone(workers: WorkerPool) -> dict[str, Decoded]:
     }
     cases |= {f"greedy row {row}": Case(GREEDY, (row,)) for row in ALL}
     cases["sampled backwards"] = Case(SAMPLED, ALL[::-1])
+    cases |= {"untruncated 8": Case(UNTRUNCATED, ALL), "top-k 8": Case(TOP_K, ALL)}
     (found,) = run(workers, ParallelConfig(), list(cases.values()))
     return dict(zip(cases, found, strict=True))
 
@@ -141,12 +144,18 @@ def test_samples_of_a_prompt_share_its_forward_pass_and_nothing_else(workers: Wo
 def test_layout_changes_no_rollout(
     workers: WorkerPool, alone: dict[str, Decoded], name: str
 ) -> None:
-    ranks = run(workers, LAYOUTS[name], [Case(GREEDY, ALL), Case(SAMPLED, ALL)])
-    for greedy, sampled in ranks:
-        assert greedy.completions == ranks[0][0].completions, "ranks disagree"
-        assert sampled.completions == ranks[0][1].completions, "ranks disagree"
-    assert_same(ranks[0][0].completions, alone["greedy 8"].completions)
-    assert_same(ranks[0][1].completions, alone["sampled 8"].completions)
+    kinds = {
+        "greedy 8": GREEDY,
+        "sampled 8": SAMPLED,
+        "untruncated 8": UNTRUNCATED,
+        "top-k 8": TOP_K,
+    }
+    ranks = run(workers, LAYOUTS[name], [Case(options, ALL) for options in kinds.values()])
+    for found in ranks:
+        for mine, first in zip(found, ranks[0], strict=True):
+            assert mine.completions == first.completions, "ranks disagree"
+    for kind, decoded in zip(kinds, ranks[0], strict=True):
+        assert_same(decoded.completions, alone[kind].completions)
 
 
 @pytest.mark.parametrize("name", ["TP2", "PP2"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.generation import draws_from_shards
+from support.pool import WorkerPool
 
+from proma_megatron.config import ParallelConfig
 from proma_megatron.rollout.sampling import noise, sample
 
 GRID = 4000
@@ -146,6 +150,64 @@ def test_low_precision_logits_are_scored_in_float32(dtype: torch.dtype) -> None:
     logits = random_logits().to(dtype)
     _, logprob = sample(logits, torch.tensor([0.5], dtype=torch.float64), 0.7, 0, 1.0)
     assert logprob.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------- shards
+
+
+def shards(workers: WorkerPool, ranks: int, **arguments: Any) -> list[torch.Tensor]:
+    """Tokens and log-probabilities, which all ranks agree on."""
+    found = workers.run(
+        ranks, draws_from_shards, parallel=ParallelConfig(tensor=ranks), **arguments
+    )
+    for other in found:
+        for mine, first in zip(other, found[0], strict=True):
+            torch.testing.assert_close(mine, first, rtol=0, atol=0, equal_nan=True)
+    return found[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("vocabulary", [5, 17])  # on 4 ranks: 2, 2, 1 and no columns
+@pytest.mark.parametrize("top_k", [None, 0, 1, 3, 100])
+def test_shards_draw_what_the_whole_vocabulary_does(
+    workers: WorkerPool, ranks: int, vocabulary: int, top_k: int | None
+) -> None:
+    """None: greedy. Even and extreme noise; logits of every size, some of them -inf."""
+    logits = torch.cat([random_logits(vocabulary, seed, 3.0) for seed in range(200)])
+    logits[:40, 1] = -torch.inf
+    logits[20:60, vocabulary // 2 :] -= 1e4
+    logits[60:80, : vocabulary // 2] -= 1e4
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(9))
+    uniform = (order.double() + 0.5) / 200
+    uniform[::20], uniform[1::20] = 0.0, ALMOST_ONE
+    given_noise = None if top_k is None else uniform
+    tokens, logprobs = shards(
+        workers,
+        ranks,
+        logits=logits,
+        uniform=given_noise,
+        temperature=0.7,
+        top_k=top_k or 0,
+    )
+    whole = sample(logits, given_noise, 0.7, top_k or 0, 1.0)
+    assert tokens.tolist() == whole[0].tolist()
+    torch.testing.assert_close(logprobs, whole[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("top_k", [None, 0, 3])
+def test_shards_draw_some_token_of_a_row_that_is_not_finite(
+    workers: WorkerPool, bad: float, top_k: int | None
+) -> None:
+    logits = random_logits().repeat(3, 1)
+    logits[1, 12] = bad
+    uniform = None if top_k is None else torch.full((3,), 0.4, dtype=torch.float64)
+    tokens, scores = shards(
+        workers, 2, logits=logits, uniform=uniform, temperature=1.0, top_k=top_k or 0
+    )
+    assert bool(((tokens >= 0) & (tokens < 17)).all())
+    assert scores.isfinite().tolist() == [True, False, True]
+    assert tokens[0] == tokens[2]
 
 
 # --------------------------------------------------------------------------- noise

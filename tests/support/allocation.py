@@ -231,6 +231,30 @@ class Decoded:
     peak: int  # bytes of the whole generation at its peak
 
 
+def sent_in_rollout(
+    device: torch.device, config: RunConfig, vocab_size: int, sequences: int
+) -> tuple[int, dict[str, int]]:
+    """This rank's stage, and what it sends while full-length completions are sampled."""
+    rollout = config.rollout
+    with layout(config.parallel, device, 0) as topology:
+        policy = _policy(config, vocab_size, topology)
+        prompts = [[1 + i] * rollout.max_prompt_tokens for i in range(sequences)]
+        noise = torch.rand((sequences, rollout.max_new_tokens), dtype=torch.float64)
+        with SentBytes() as sent:
+            generate(policy, prompts, noise, (-1,), sampling(config))
+        return topology.pipeline.rank, sent.sent
+
+
+def sampling(config: RunConfig) -> SamplingOptions:
+    rollout = config.rollout
+    return SamplingOptions(
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        max_new_tokens=rollout.max_new_tokens,
+        batch_size=rollout.batch_size,
+    )
+
+
 def rollout_peak(device: torch.device, config: RunConfig, vocab_size: int) -> Decoded:
     """A decoding batch in which every prompt and completion has its full length."""
     rollout = config.rollout
@@ -246,15 +270,10 @@ def rollout_peak(device: torch.device, config: RunConfig, vocab_size: int) -> De
         # All different, the fullest case: samples of one prompt would share what it costs.
         prompts = [[1 + i] * rollout.max_prompt_tokens for i in range(rollout.batch_size)]
         noise = torch.rand((len(prompts), rollout.max_new_tokens), dtype=torch.float64)
-        options = SamplingOptions(
-            top_p=rollout.top_p,
-            max_new_tokens=rollout.max_new_tokens,
-            batch_size=rollout.batch_size,
-        )
         original, generator.KeyValueCache = generator.KeyValueCache, Noted
         try:
             with LiveBytes() as live:
-                generate(policy, prompts, noise, (-1,), options)
+                generate(policy, prompts, noise, (-1,), sampling(config))
         finally:
             generator.KeyValueCache = original
         (cache,) = caches

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from proma_megatron.batching.packing import pack
 from proma_megatron.config import ModelConfig, ParallelConfig
@@ -18,6 +20,7 @@ from proma_megatron.policy.schedule import evaluate_logprobs, forward_backward
 from proma_megatron.records import Microbatch, TrainingSequence
 from proma_megatron.rollout import generator
 from proma_megatron.rollout.generator import Completion, SamplingOptions, generate
+from proma_megatron.rollout.sampling import sample_shard
 from proma_megatron.topology import layout
 
 SEED = 11
@@ -71,9 +74,9 @@ def _watched(keep_fraction: float) -> Iterator[list[tuple[int, int]]]:
     shapes: list[tuple[int, int]] = []
     forward = generator._next_logits
 
-    def watch(policy: Policy, cache: generator.KeyValueCache, inputs: torch.Tensor):
+    def watch(policy: Policy, cache: generator.KeyValueCache, inputs: torch.Tensor, **options: Any):
         shapes.append((inputs.shape[0], inputs.shape[1]))
-        return forward(policy, cache, inputs)
+        return forward(policy, cache, inputs, **options)
 
     with (
         mock.patch.object(generator, "_next_logits", watch),
@@ -173,3 +176,22 @@ def _microbatches(
         pack(sequences[start : start + 2], index, 1.0, topology.device, multiple)
         for index, start in enumerate(starts)
     ]
+
+
+def draws_from_shards(
+    device: torch.device,
+    parallel: ParallelConfig,
+    logits: torch.Tensor,
+    uniform: torch.Tensor | None,
+    temperature: float,
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample_shard` of (b, V) logits, each rank with its columns, added up."""
+    with layout(parallel, device, SEED) as topology:
+        width = -(-logits.shape[1] // topology.tensor.size)
+        first = topology.tensor.rank * width
+        mine = logits[:, first : first + width]
+        found = sample_shard(mine, first, uniform, temperature, top_k, topology.tensor)
+        for part in found:
+            dist.all_reduce(part, group=topology.tensor.group)
+        return found
