@@ -11,11 +11,13 @@ from support.pool import WorkerPool
 from support.pooled import PooledStarts
 
 from benchmarks import growth, projection
-from benchmarks.cost import ranks
+from benchmarks.cost import model, ranks
 from benchmarks.cost.draw import draw
+from benchmarks.cost.kernels import weights_of
 from benchmarks.cost.measure import spread
 from benchmarks.cost.results import Results, setting_of
 from benchmarks.cost.settings import Effort, Setting, Shape, grid
+from benchmarks.cost.table import table
 from proma_megatron.config import ConfigError
 
 SHAPE = Shape(hidden=128, layers=1, vocabulary=40)
@@ -148,3 +150,38 @@ def test_growth_is_fitted_to_what_is_measured(tmp_path: Path) -> None:
     assert (extra["slope"], extra["constant"]) == pytest.approx((0.5, -0.5))
     growth.draw(results, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_has_a_line_for_each_row(measured: Path) -> None:
+    rows = Results.read(measured).rows
+    head, rule, *lines = table(rows[::-1])
+    assert {line.count("|") for line in (head, rule, *lines)} == {head.count("|")}
+    for row, line in zip(rows, lines, strict=True):
+        median = row["ratios"]["proma/plain"]["median"]
+        assert line.startswith(f"| 1 | {'tied' if row['tied'] else 'untied'} | 12 x 3 | 3 | ")
+        assert f"| {median:.2f} (" in line
+    once = {**rows[0], "rounds": 1, "ratios": {"proma/plain": rows[0]["ratios"]["proma/plain"]}}
+    assert table([once])[2].split("|")[6:8] == [
+        f" {once['ratios']['proma/plain']['median']:.2f} ",
+        " - ",
+    ]
+
+
+def test_the_models_terms_are_of_all_weights(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = Results.read(measured).rows
+    for row in rows:
+        setting = setting_of(row)
+        layer, (vocabulary, hidden) = weights_of(setting)
+        norms = setting.shape.layers * 2 * (hidden + 64) + hidden
+        tables = vocabulary * hidden * (1 if setting.tied else 2)
+        weights = setting.shape.layers * sum(out * width for out, width in layer)
+        assert weights + tables + norms == row["projected_parameters"]
+    model.print_measured(measured)
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    for line, name in zip(lines, sorted(setting_of(row).name for row in rows), strict=True):
+        cells = line.strip("| ").split(" | ")
+        assert cells[0] == name
+        *_, plain, form, products, update, lookup, solves, extra, _measured = map(float, cells[1:])
+        assert extra == pytest.approx(form + products + update + lookup + solves - plain, abs=0.4)

@@ -26,6 +26,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     sizes = sorted({row["tensor"] for row in rows})
     ends = sorted({row["tied"] for row in rows})
     counts = sorted({row["sequences"] for row in rows})
+    lengths = sorted({row["tokens"] for row in rows})
     figure, panels = plt.subplots(
         len(ends),
         len(sizes),
@@ -38,7 +39,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for tied, line in zip(ends, panels, strict=True):
         for size, panel in zip(sizes, line, strict=True):
             mine = [row for row in rows if row["tied"] == tied and row["tensor"] == size]
-            _panel(panel, mine, counts)
+            _panel(panel, mine, counts, lengths)
             panel.set_title(f"tensor {size}, {'tied' if tied else 'untied'} ends", fontsize=10)
     for line in panels:
         line[0].set_ylabel("step time over plain accumulation", fontsize=9)
@@ -57,7 +58,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(panel: Axes, rows: Sequence[Row], counts: Sequence[int]) -> None:
+def _panel(panel: Axes, rows: Sequence[Row], counts: Sequence[int], lengths: Sequence[int]) -> None:
     for way, color in COLORS.items():
         for at, k in enumerate(counts):
             mine = sorted(
@@ -97,7 +98,6 @@ def _panel(panel: Axes, rows: Sequence[Row], counts: Sequence[int]) -> None:
     panel.axhline(1.0, color="#333", linewidth=0.8)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log", base=2)
-    lengths = sorted({row["tokens"] for row in rows})
     panel.xaxis.set_major_locator(FixedLocator(lengths))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))

@@ -3,20 +3,23 @@
     uv run python -m benchmarks.cost.model OUT.json     # beside what was measured
     uv run python -m benchmarks.cost.model --gpus       # computed for models and GPUs
 
-A weight of d entries, T tokens and k sequences in a microbatch; numbers of b bytes. Plain
-accumulation takes 6 T d operations (forward, input gradient, weight gradient). Kept sequence
-gradients add, beside the same operations, the Gram matrix, and they go to memory once and are read
-twice; streamed ones take 2 T d operations more. Solves, vectors and Python are not in it.
+For GPUs it is computed: a weight of d entries, T tokens and k sequences in a microbatch; numbers of
+b bytes. Plain accumulation takes 6 T d operations (forward, input gradient, weight gradient). Kept
+sequence gradients add, beside the same operations, the Gram matrix, and they go to memory once and
+are read twice; streamed ones take 2 T d operations more. Solves, vectors and Python are not in it.
+
+On a CPU rates of GEMMs and of memory alone say too little: products of a few long rows run far from
+both. There the terms are measured, one by one, see `kernels`.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
+from benchmarks.cost.kernels import Terms, measure
 from benchmarks.cost.results import Results, setting_of
 from proma_megatron.projection.choosing import Rates
 
@@ -97,25 +100,21 @@ def print_gpus() -> None:
 
 
 def print_measured(path: Path) -> None:
-    """Seconds that a projected microbatch takes beyond a plain one: measured, and by the model."""
-    results = Results.read(path)
-    rates = Rates.measure(torch.float32, torch.device("cpu"))
-    print(f"{rates.gemm / 1e9:.0f} GFLOP/s, {rates.memory / 1e9:.1f} GB/s")
-    print("| setting | measured | model | share of it |\n|---|---|---|---|")
-    for row in results.rows:
-        found = setting_of(row)
-        shape = found.shape
-        entries = shape.layers * layer_entries(
-            shape.hidden, 3 * shape.hidden, shape.hidden, shape.hidden // 2
+    """Milliseconds that a projected microbatch takes beyond a plain one: measured, and by terms."""
+    rows = sorted(Results.read(path).rows, key=lambda row: setting_of(row).name)
+    names = [field.name for field in fields(Terms)]
+    print(f"| setting | {' | '.join(names)} | model | measured |")
+    print("|---|" + "---|" * (len(names) + 2))
+    for row in rows:
+        setting = setting_of(row)
+        terms = measure(setting, row["threads"])
+        times = row["rounds_seconds"]
+        more = statistics.median(
+            (ours - plain) / (setting.microbatches - 1)
+            for ours, plain in zip(times["proma"], times["plain"], strict=True)
         )
-        entries += shape.hidden * shape.vocabulary
-        excess = row["seconds"]["plain"] * (row["ratios"]["proma/plain"]["median"] - 1)
-        measured = excess / (found.microbatches - 1)
-        predicted = entries * kept(found.sequences, 4).seconds(rates)
-        print(
-            f"| {found.name} | {1e3 * measured:.0f} ms | {1e3 * predicted:.0f} ms "
-            f"| {predicted / measured:.0%} |"
-        )
+        shown = [getattr(terms, name) for name in names] + [terms.extra, more]
+        print(f"| {setting.name} | {' | '.join(f'{1e3 * found:.1f}' for found in shown)} |")
 
 
 def main() -> None:
