@@ -190,9 +190,7 @@ def run(options: argparse.Namespace) -> None:
     if options.draw and options.png is None:
         raise ConfigError("--draw without --png has nowhere to draw to; give --png FILE.png")
     if not options.draw:
-        kept = options.resume and options.json.exists()
-        results = Results.read(options.json) if kept else Results(options.json)
-        results.write()
+        results = Results.begin(options.json, resume=options.resume)
         wanted = dict.fromkeys(found for name in options.series for found in SERIES[name])
         settings = sorted(results.missing(list(wanted)), key=lambda found: found.shape.hidden)
         effort = Effort(ways=("plain", "proma"), seconds=options.seconds, least=3)

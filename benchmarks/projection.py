@@ -86,9 +86,7 @@ def run(options: argparse.Namespace) -> None:
             effort = effort.model_copy(
                 update={"seconds": 0, "least": options.repeats, "most": options.repeats}
             )
-        resumes = options.resume and options.json.exists()
-        results = Results.read(options.json) if resumes else Results(options.json)
-        results.write()
+        results = Results.begin(options.json, resume=options.resume)
         run_settings(results.missing(settings), effort, options.json, options.device)
     if options.png:
         draw(Results.read(options.json).rows, options.png)

@@ -41,6 +41,17 @@ class Results:
                 "--resume"
             ) from None
 
+    @classmethod
+    def begin(cls, path: Path, *, resume: bool) -> Results:
+        """The file that is there, to go on with, or an empty one in its place.
+
+        Raises:
+            ConfigError: the file that is there is no such document.
+        """
+        results = cls.read(path) if resume and path.exists() else cls(path)
+        results.write()
+        return results
+
     def row(self, setting: Setting) -> Row | None:
         return next((row for row in self.rows if setting_of(row) == setting), None)
 
