@@ -41,8 +41,7 @@ def sample(
         truncations decide what is drawn, not what its probability is taken to be, as in the
         training loss.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    logprobs = torch.log_softmax(wide / temperature, dim=1)
+    logprobs = torch.log_softmax(_scaled(logits, temperature), dim=1)
     if uniform is None:
         tokens = logprobs.argmax(dim=1)
     else:
@@ -79,7 +78,7 @@ def sample_shard(
     """
     if not logits.shape[1]:  # nothing but padding
         logits = logits.new_full((len(logits), 1), -torch.inf)
-    wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    wide = _scaled(logits, temperature)
     top = wide.amax(dim=1).double().clamp(min=torch.finfo(torch.float64).min)
     weights = wide.to(torch.float64, copy=True).sub_(top[:, None]).exp_()
     mass = weights.sum(dim=1)
@@ -105,6 +104,11 @@ def sample_shard(
     mine = owner == tensor.rank
     logprobs = wide.gather(1, token[:, None])[:, 0].double() - normalizer
     return torch.where(mine, token + first, 0), torch.where(mine, logprobs, 0.0)
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits over temperature in float32 or better."""
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
 def _kth_largest(values: torch.Tensor, k: int, tensor: Axis) -> torch.Tensor:
