@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 from unittest import mock
@@ -94,6 +94,17 @@ def nothing(device: torch.device) -> None:
     """A job that only starts the workers and makes them import what the others need."""
 
 
+@contextlib.contextmanager
+def _policy(
+    device: torch.device, model: ModelConfig, parallel: ParallelConfig, seed: int = 7
+) -> Iterator[Policy]:
+    """A policy of random weights, in a layout that lasts as long."""
+    with layout(parallel, device, seed) as topology:
+        policy = build_policy(model, VOCAB, 64, topology, seed=seed)
+        fill(policy.shards, random_weights(model, seed).__getitem__)
+        yield policy
+
+
 def gradients(
     device: torch.device,
     model: ModelConfig,
@@ -107,9 +118,7 @@ def gradients(
 
     ``total`` is N, if ``batch`` is a part of the minibatch.
     """
-    with layout(parallel, device, seed) as topology:
-        policy = build_policy(model, VOCAB, 64, topology, seed=seed)
-        fill(policy.shards, random_weights(model, seed).__getitem__)
+    with _policy(device, model, parallel, seed) as policy:
         found, _ = projected_gradients(policy, batch, projection, total=total)
         return found
 
@@ -126,12 +135,9 @@ def captured_gradients(
 
     ``padding`` fills microbatches up to a multiple of so many tokens.
     """
-    with layout(parallel, device, 7) as topology:
-        policy = build_policy(model, VOCAB, 64, topology, seed=7)
-        fill(policy.shards, random_weights(model, 7).__getitem__)
-        accumulator = Accumulator(
-            policy.modules, policy.shards, projection, topology, tied=model.tie_embeddings
-        )
+    with _policy(device, model, parallel) as policy:
+        topology = policy.topology
+        accumulator = _accumulator(policy, projection)
         total = denominator(batch)
         microbatches = replica_share(batch, 0, 1, topology, total)
         if padding is not None:
@@ -141,6 +147,16 @@ def captured_gradients(
             ]
         forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
         return _main_grads(policy)
+
+
+def _accumulator(policy: Policy, projection: ProjectionConfig) -> Accumulator:
+    return Accumulator(
+        policy.modules,
+        policy.shards,
+        projection,
+        policy.topology,
+        tied=policy.model.tie_embeddings,
+    )
 
 
 def _main_grads(policy: Policy) -> dict[str, torch.Tensor]:
@@ -162,9 +178,7 @@ def unit_figures(
     raw: bool = False,
 ) -> dict[str, Any]:
     """The diagnostics of every unit, or the sums behind them."""
-    with layout(parallel, device, 7) as topology:
-        policy = build_policy(model, VOCAB, 64, topology, seed=7)
-        fill(policy.shards, random_weights(model, 7).__getitem__)
+    with _policy(device, model, parallel) as policy:
         _, units = projected_gradients(policy, batch, projection)
         return {name: sums if raw else sums.figures() for name, sums in units.items()}
 
@@ -177,9 +191,8 @@ def plain_gradients(
     batch: Batch,
 ) -> dict[str, torch.Tensor]:
     """Stock layers and DDP, a backward pass after the other: no schedule and no accumulator."""
-    with layout(parallel, device, 7) as topology:
-        policy = build_policy(model, VOCAB, 64, topology, seed=7)
-        fill(policy.shards, random_weights(model, 7).__getitem__)
+    with _policy(device, model, parallel) as policy:
+        topology = policy.topology
         (chunk,) = policy.chunks
         with topology.megatron_calls():
             for microbatch in replica_share(batch, 0, 1, topology, denominator(batch)):
@@ -215,12 +228,9 @@ def gradients_after_a_broken_step(
 
     That step's microbatches are this one's in another order.
     """
-    with layout(parallel, device, 7) as topology:
-        policy = build_policy(model, VOCAB, 64, topology, seed=7)
-        fill(policy.shards, random_weights(model, 7).__getitem__)
-        accumulator = Accumulator(
-            policy.modules, policy.shards, projection, topology, tied=model.tie_embeddings
-        )
+    with _policy(device, model, parallel) as policy:
+        topology = policy.topology
+        accumulator = _accumulator(policy, projection)
         total = denominator(batch)
         take, projected = accumulator.solver.take, 0
 
