@@ -43,6 +43,14 @@ class ComputeConfig(Section):
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     recompute: Literal["none", "full"] = "none"
+    # Whose linear layers and attention: Megatron-Core's on torch, or Transformer Engine's. "auto"
+    # takes Transformer Engine in bfloat16 where a GPU and a tested version of it are there.
+    backend: Literal["auto", "torch", "transformer_engine"] = "auto"
+    # Recipe of the layers' products, forward and towards the input, in training passes; rollouts
+    # stay in bfloat16. current, delayed: a scale a tensor; blockwise: a block of 128; mxfp8: of 32.
+    fp8: Literal["none", "current", "delayed", "blockwise", "mxfp8"] = "none"
+    fp8_skip_first: NonNegativeInt = 0  # layers at the start that stay in bfloat16
+    fp8_skip_last: NonNegativeInt = 0  # and at the end
 
 
 class ModelConfig(ComputeConfig):
@@ -235,6 +243,16 @@ class ProjectionConfig(Section):
     # Sequence gradients of a weight: kept until the layer is solved where they fit (materialize),
     # formed in passing (stream), or what was measured to be faster (auto).
     gradients: Literal["auto", "materialize", "stream"] = "auto"
+
+    # With model.fp8: what sequence gradients are formed from, X and dY as they were (bfloat16) or as
+    # FP8 has them.
+    fp8_operands: Literal["bfloat16", "fp8"] = "bfloat16"
+    # With model.fp8: steps between comparisons of one microbatch's K and c from both; 0: only the
+    # first step. Warn when the median relative error of beta is above fp8_gate_beta, or the cosine
+    # between both accumulated gradients below fp8_gate_cosine.
+    fp8_gate_every: NonNegativeInt = 50
+    fp8_gate_beta: PositiveFloat = 0.2
+    fp8_gate_cosine: Fraction = 0.99
 
     @property
     def acts_alone(self) -> bool:
