@@ -22,9 +22,13 @@ from typing import Literal
 
 import torch
 
-from proma_megatron.projection.rules import Solution, all_finite, masked
+from proma_megatron.projection import waiting
+from proma_megatron.projection.cholesky import pivoted_factor
+from proma_megatron.projection.rules import Solution, all_finite, masked, square_norm
 
 Kind = Literal["kernel", "norm"]
+
+ROUNDING = 1e-15  # relative to the largest eigenvalue of a K, what float64 leaves of a 0
 
 
 def precondition(
@@ -42,19 +46,17 @@ def precondition(
     """
     finite = all_finite(gram, 2)
     gram = masked(gram, finite)
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp(min=0)  # below it only by rounding
     diagonal = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0)
     reg = regularization * diagonal.mean(dim=-1, keepdim=True)
+    form = _Factored(gram) if waiting.asynchronous(gram.device) else _Spectral(gram)
+    plain = advantages.expand(diagonal.shape)
     if kind == "kernel":
-        rotated = _apply(vectors.mT, advantages.expand(diagonal.shape))
-        kept = torch.where(reg > 0, reg / torch.where(reg > 0, values + reg, 1.0), 1.0)
-        coefficients = _apply(vectors, kept * rotated)
+        coefficients = form.damped(reg, plain)
     else:
         ratio = torch.where(reg > 0, diagonal / torch.where(reg > 0, reg, 1.0), 0.0)
         coefficients = advantages / (1 + ratio).sqrt()
-    policy = _square(values, vectors, advantages.expand(diagonal.shape))
-    removed = _square(values, vectors, advantages - coefficients)
+    policy = form.square(plain)
+    removed = form.square(advantages - coefficients)
     finite = finite & all_finite(coefficients, 1) & (removed + policy).isfinite()
     return Solution(
         coefficients=torch.where(finite[..., None], coefficients, advantages),
@@ -66,10 +68,39 @@ def precondition(
     )
 
 
+class _Spectral:
+    """K (..., k, k) by its eigenvalues and eigenvectors."""
+
+    def __init__(self, gram: torch.Tensor) -> None:
+        values, self.vectors = torch.linalg.eigh(gram)
+        self.values = values.clamp(min=0)  # below it only by rounding
+
+    def damped(self, reg: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``reg (K + reg I)^-1 w`` for w (..., k); w itself where reg (..., 1) is 0."""
+        rotated = _apply(self.vectors.mT, weights)
+        kept = torch.where(reg > 0, reg / torch.where(reg > 0, self.values + reg, 1.0), 1.0)
+        return _apply(self.vectors, kept * rotated)
+
+    def square(self, weights: torch.Tensor) -> torch.Tensor:
+        """|G w|^2 as a sum of squares, which keeps its digits where sequences cancel."""
+        return (self.values * _apply(self.vectors.mT, weights).square()).sum(dim=-1)
+
+
+class _Factored:
+    """The same where the host would wait for eigenvalues."""
+
+    def __init__(self, gram: torch.Tensor) -> None:
+        self.gram = gram
+        self.factor = pivoted_factor(gram, ROUNDING)
+
+    def damped(self, reg: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        relative = self.gram / torch.where(reg > 0, reg, 1.0)[..., None]
+        one = torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
+        return torch.linalg.solve_ex(relative + one, weights[..., None]).result[..., 0]
+
+    def square(self, weights: torch.Tensor) -> torch.Tensor:
+        return square_norm(self.factor, weights)
+
+
 def _apply(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return (matrix @ vector[..., None])[..., 0]
-
-
-def _square(values: torch.Tensor, vectors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """|G w|^2 as a sum of squares, which keeps its digits where sequences cancel."""
-    return (values * _apply(vectors.mT, weights).square()).sum(dim=-1)

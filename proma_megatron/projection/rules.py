@@ -15,15 +15,20 @@ entries: `solve_vectors` takes G itself.
 All functions take leading batch axes (units that are solved together) and float64. A unit whose
 figures are not finite, those that it is given or those that come out, is left alone: nothing is
 removed, P is added, and `Outcome.finite` says so. The other units of the batch don't notice.
+A Gram matrix is decomposed by `torch.linalg.eigh` on a CPU; where the host would wait for its
+outcome, by a factorization of a fixed number of steps (`cholesky`) that finds the same span.
 Source: PROMA (arXiv:2601.10498), figures 1 and 3 and section 3.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
+
+from proma_megatron.projection import waiting
+from proma_megatron.projection.cholesky import pivoted_factor, reduced
 
 Rule = Literal["exact", "iterative", "ridge"]
 
@@ -75,7 +80,7 @@ def solve(
     """
     finite = _sums_are_finite(gram, overlap)
     gram, overlap = masked(gram, finite), masked(overlap, finite)
-    spectrum = _Spectrum.of(gram, cutoff)
+    spectrum = _decomposed(gram, cutoff)
     if rule == "exact":
         beta = spectrum.pseudo_inverse(overlap)
     elif rule == "ridge":
@@ -152,14 +157,25 @@ def _project(rows: torch.Tensor, vector: torch.Tensor, cutoff: float) -> torch.T
     to full precision; made unit vectors, those have a Gram matrix of good condition. Two small
     decompositions for all units of a batch, where an SVD of (n, m) is one after the other.
     """
-    directions = torch.linalg.eigh(rows @ rows.mT).eigenvectors.mT @ rows
-    sizes = torch.linalg.vector_norm(directions, dim=-1)
-    kept = sizes > cutoff * sizes.amax(dim=-1, keepdim=True)
-    basis = directions * torch.where(kept, 1 / torch.where(kept, sizes, 1.0), 0.0)[..., None]
+    basis, kept = _nearly_orthonormal(rows, cutoff)
     gram = basis @ basis.mT + torch.diag_embed((~kept).to(basis.dtype))
     # Without a check for singular matrices, for which the host would wait: these are near identity.
     inside = torch.linalg.solve_ex(gram, _apply(basis, vector)[..., None]).result[..., 0]
     return _apply(basis.mT, inside)
+
+
+def _nearly_orthonormal(rows: torch.Tensor, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (..., m, n) of the same span, and which are there (..., m); those that aren't are 0."""
+    gram = rows @ rows.mT
+    if waiting.asynchronous(rows.device):
+        factor = pivoted_factor(gram, cutoff**2)
+        inner, absent = reduced(factor)
+        # The small matrix first: whatever its error, its product with rows stays in their span.
+        return torch.linalg.solve_ex(inner, factor.mT).result @ rows, ~absent
+    directions = torch.linalg.eigh(gram).eigenvectors.mT @ rows
+    sizes = torch.linalg.vector_norm(directions, dim=-1)
+    kept = sizes > cutoff * sizes.amax(dim=-1, keepdim=True)
+    return directions * torch.where(kept, 1 / torch.where(kept, sizes, 1.0), 0.0)[..., None], kept
 
 
 def clamp_factor(removed: torch.Tensor, policy: torch.Tensor, bound: float | None) -> torch.Tensor:
@@ -208,28 +224,17 @@ def _residual(overlaps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (overlaps * scale).abs().amax(dim=-1)
 
 
-@dataclass(frozen=True)
-class _Spectrum:
-    """Eigenvalues of the normalized Gram matrix D K D, those at rounding noise set to 0.
+class _Decomposition(Protocol):
+    """The normalized Gram matrix D K D without its directions at rounding noise.
 
     Normalizing first keeps short sequences above the cut.
     """
 
     scale: torch.Tensor  # (..., k) D
-    values: torch.Tensor  # (..., k)
-    vectors: torch.Tensor  # (..., k, k)
-
-    @classmethod
-    def of(cls, gram: torch.Tensor, cutoff: float) -> _Spectrum:
-        scale = _inverse_norms(gram)
-        values, vectors = torch.linalg.eigh(scale[..., :, None] * gram * scale[..., None, :])
-        return cls(scale, torch.where(values > cutoff * values[..., -1:], values, 0.0), vectors)
 
     def pseudo_inverse(self, overlap: torch.Tensor) -> torch.Tensor:
         """D (D K D)^+ D c."""
-        inverse = torch.where(self.values > 0, 1 / torch.where(self.values > 0, self.values, 1), 0)
-        rotated = _apply(self.vectors.mT, self.scale * overlap)
-        return self.scale * _apply(self.vectors, inverse * rotated)
+        ...
 
     def square_norm(self, coefficients: torch.Tensor) -> torch.Tensor:
         """|G v|^2 = v^T K v as a sum of squares.
@@ -237,15 +242,71 @@ class _Spectrum:
         The quadratic form itself leaves the root of the rounding error where sequences cancel, such
         as equal ones whose advantages sum to 0; the bound would let that much be removed.
         """
-        norms = torch.where(self.scale > 0, 1 / torch.where(self.scale > 0, self.scale, 1), 0)
-        return (self.values * _apply(self.vectors.mT, norms * coefficients).square()).sum(dim=-1)
+        ...
+
+
+def _decomposed(gram: torch.Tensor, cutoff: float) -> _Decomposition:
+    scale = _inverse_norms(gram)
+    normalized = scale[..., :, None] * gram * scale[..., None, :]
+    if waiting.asynchronous(gram.device):
+        return _Triangular(scale, pivoted_factor(normalized, cutoff))
+    values, vectors = torch.linalg.eigh(normalized)
+    return _Spectrum(scale, torch.where(values > cutoff * values[..., -1:], values, 0.0), vectors)
+
+
+@dataclass
+class _Spectrum:
+    """By eigenvalues, those at rounding noise set to 0."""
+
+    scale: torch.Tensor
+    values: torch.Tensor  # (..., k)
+    vectors: torch.Tensor  # (..., k, k)
+
+    def pseudo_inverse(self, overlap: torch.Tensor) -> torch.Tensor:
+        inverse = torch.where(self.values > 0, 1 / torch.where(self.values > 0, self.values, 1), 0)
+        rotated = _apply(self.vectors.mT, self.scale * overlap)
+        return self.scale * _apply(self.vectors, inverse * rotated)
+
+    def square_norm(self, coefficients: torch.Tensor) -> torch.Tensor:
+        rotated = _apply(self.vectors.mT, _norms(self.scale) * coefficients)
+        return (self.values * rotated.square()).sum(dim=-1)
+
+
+@dataclass
+class _Triangular:
+    """By a factor L with D K D = L L^T, whose columns from the rank on are 0."""
+
+    scale: torch.Tensor
+    factor: torch.Tensor  # (..., k, k) L
+
+    def pseudo_inverse(self, overlap: torch.Tensor) -> torch.Tensor:
+        """As (L L^T)^+ = L (L^T L)^-2 L^T."""
+        inner, _ = reduced(self.factor)
+        found = _apply(self.factor.mT, self.scale * overlap)[..., None]
+        for _ in range(2):
+            found = torch.linalg.solve_ex(inner, found).result
+        return self.scale * (self.factor @ found)[..., 0]
+
+    def square_norm(self, coefficients: torch.Tensor) -> torch.Tensor:
+        return square_norm(self.factor, _norms(self.scale) * coefficients)
+
+
+def square_norm(factor: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """|G w|^2 (...,) from a factor of K = L L^T (..., k, k) and w (..., k)."""
+    return _apply(factor.mT, weights).square().sum(dim=-1)
+
+
+def _norms(scale: torch.Tensor) -> torch.Tensor:
+    """D^-1, 0 where D is."""
+    return torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1), 0)
 
 
 def _ridge(gram: torch.Tensor, overlap: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """D (D K D + ridge I)^-1 D c."""
     normalized = scale[..., :, None] * gram * scale[..., None, :]
     damped = normalized + RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return scale * torch.linalg.solve(damped, (scale * overlap)[..., None])[..., 0]
+    solved = torch.linalg.solve_ex(damped, (scale * overlap)[..., None]).result
+    return scale * solved[..., 0]
 
 
 def _iterative(gram: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
