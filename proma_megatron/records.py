@@ -153,10 +153,10 @@ class Sequences:
     @cached_property
     def _places(self) -> torch.Tensor:
         """(k, L) the token at each place of each sequence, T where there is none."""
-        starts, lengths = (
-            torch.tensor(found, device=self.owner.device)
-            for found in (self.offsets[:-1], self.lengths)
-        )
+        # From what is on the device: the host waits for copies of its lists.
+        ids = torch.arange(self.count, device=self.owner.device)
+        lengths = (self.owner == ids[:, None]).sum(dim=1)
+        starts = lengths.cumsum(0) - lengths
         along = torch.arange(max(self.lengths), device=self.owner.device)
         inside = along < lengths[:, None]
         return torch.where(inside, starts[:, None] + along, len(self.owner))

@@ -81,5 +81,6 @@ def by_unit(values: torch.Tensor, units: Sequence[Rows], chunk: int) -> list[tor
 @lru_cache(maxsize=64)
 def _chunks(unit: Rows, chunk: int, device: torch.device) -> torch.Tensor:
     """Numbers of the chunks that a unit of several runs has."""
-    numbers = [n for start, stop in unit for n in range(start // chunk, stop // chunk)]
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    # On the device from the beginning: the host waits for copies of its lists.
+    runs = [torch.arange(start // chunk, stop // chunk, device=device) for start, stop in unit]
+    return torch.cat(runs or [torch.arange(0, device=device)])

@@ -4,6 +4,10 @@ Units of linear weights have the two factors that the rule speaks of; embeddings
 the head too), norms and biases have not, and are accumulated plainly. G is added to ``main_grad``
 as it is formed, block by block, and the removed part is subtracted afterwards in factored form, so
 no second gradient is ever held.
+
+On a GPU the host waits once a layer, for the eigenvectors of small matrices (`subspace._ritz`):
+rotations without a look at their outcome would take a thousand launches at rank 8. What orders
+directions by size can't do without eigenvectors as PROMA's rules can.
 """
 
 from __future__ import annotations
@@ -72,9 +76,13 @@ class Deflating:
         )
         return linears
 
-    def finish(self, pending: Sequence[_Linear], microbatch: Microbatch) -> list[Never]:
+    def start(self, pending: Sequence[_Linear]) -> Sequence[_Linear]:
+        """Nothing: each of this rule's sums needs what the one before it gave."""
+        return pending
+
+    def finish(self, started: Sequence[_Linear], microbatch: Microbatch) -> list[Never]:
         """``A <- A + G - shrinkage * clamp(R)`` for every linear unit."""
-        self._remove(pending, microbatch)
+        self._remove(started, microbatch)
         return []
 
     def finish_late(self, late: Sequence[Never], microbatch: Microbatch) -> None:
@@ -149,10 +157,12 @@ class Deflating:
         cut = [u.capture.shard.reduction is Reduction.DISJOINT for u in linears]
         if not any(cut):
             return square, energy
-        partial_square = torch.tensor([r.partial for r in removals], device=square.device)
-        shared = torch.stack([torch.where(partial_square, square, 0.0), energy])
-        (summed,) = sum_together([shared], self.tensor)
-        return torch.where(partial_square, summed[0], square), summed[1]
+        # Which squares are of this rank's entries alone, Python knows: no mask goes to the device.
+        nothing = torch.zeros_like(energy[0])
+        shared = torch.stack([r.square if r.partial else nothing for r in removals])
+        (summed,) = sum_together([torch.stack([shared, energy])], self.tensor)
+        whole = [s if r.partial else r.square for r, s in zip(removals, summed[0], strict=True)]
+        return torch.stack(whole), summed[1]
 
 
 def _is_finite(u: _Linear, found: Mapping[int, Subspace]) -> torch.Tensor:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -162,10 +163,7 @@ def _direct(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> list[
 
 def _iterated(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> list[Subspace]:
     tokens, width = matrices[0].tokens, sketch_width(rank)
-    # Made on the CPU, where a seed means the same for every device.
-    generator = torch.Generator().manual_seed(SEED)
-    start = torch.randn((tokens, width), generator=generator, dtype=torch.float64)
-    basis = start.to(matrices[0].matrix.device).expand(len(matrices), -1, -1)
+    basis = _sketch(tokens, width, matrices[0].matrix.device).expand(len(matrices), -1, -1)
     right: list[torch.Tensor] = []
     images = basis
     finite = all_finite(basis, 2)
@@ -187,6 +185,15 @@ def _iterated(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> lis
         Subspace(b @ q, image @ q, good)
         for b, q, image, good in zip(right, rotation, images, finite, strict=True)
     ]
+
+
+@lru_cache(maxsize=1)  # all layers of a microbatch begin with the same
+def _sketch(tokens: int, width: int, device: torch.device) -> torch.Tensor:
+    """(T, l) normal numbers, made on the CPU, where a seed means the same for every device."""
+    generator = torch.Generator().manual_seed(SEED)
+    found = torch.randn((tokens, width), generator=generator, dtype=torch.float64)
+    # The host waits for copies of pageable memory.
+    return found if device.type == "cpu" else found.pin_memory().to(device, non_blocking=True)
 
 
 def _ritz(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
