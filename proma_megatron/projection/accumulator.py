@@ -33,6 +33,7 @@ from proma_megatron.projection.factors import (
     VectorFactors,
     kept_slices,
 )
+from proma_megatron.projection.gemm import Gemm, TorchGemm
 from proma_megatron.projection.preconditioning import Preconditioning
 from proma_megatron.projection.projecting import Projecting
 from proma_megatron.projection.solver import Capture, Updater
@@ -82,6 +83,7 @@ class Accumulator:
         shards: every trainable parameter of this rank.
         tied: whether embedding and head are one tensor.
         rates: what this machine was measured to do; None: measure it now, if that matters.
+        gemm: what forms and adds weight gradients (`choose_gemm`); None: torch's.
 
     Attributes:
         choices: what was done with each weight's sequence gradients the last time, and why.
@@ -99,8 +101,10 @@ class Accumulator:
         *,
         tied: bool,
         rates: Rates | None = None,
+        gemm: Gemm | None = None,
     ) -> None:
         self.config = config
+        self.gemm = gemm or TorchGemm()
         self.topology = topology
         self.shards = {id(shard.parameter): shard for shard in shards}
         self.layers = [
@@ -295,7 +299,9 @@ class Accumulator:
         lookup: Lookup | None = None,
     ) -> Factors:
         dtype = self._dtype(shard.parameter)
-        factors = LinearFactors(x, dy, sequences, self.workspace, dtype=dtype, lookup=lookup)
+        factors = LinearFactors(
+            x, dy, sequences, self.workspace, dtype=dtype, lookup=lookup, gemm=self.gemm
+        )
         if not self._asks_for_gradients(shard) or not sequences.count:
             return factors
         choice = choose(

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -29,13 +27,10 @@ from proma_megatron.projection.contraction import (
     contract,
     dots,
 )
+from proma_megatron.projection.gemm import Gemm, TorchGemm
+from proma_megatron.projection.waiting import add_rows, distinct
 from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Sequences
-
-# One batched GEMM costs less than a GEMM a sequence where those have fewer multiplications than
-# this, and padding makes them no more than so many times as many.
-SMALL_GEMM = 2**23
-MOST_PADDED = 1.5
 
 Part = tuple[Rows, torch.Tensor]  # rows of a unit, and its coefficients (k,) float64
 
@@ -88,7 +83,12 @@ def take(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 class LinearFactors:
-    """A linear weight: ``G_s = dY_s^T X_s`` (out, in), optionally plus rows of an embedding."""
+    """A linear weight: ``G_s = dY_s^T X_s`` (out, in), optionally plus rows of an embedding.
+
+    `update` and `accumulate` scale the tokens of one factor. Where ``gemm`` keeps it in bf16, that
+    rounds by 2^-9 of each token, as a plain backward pass rounds a dY that carries the advantage.
+    The update from kept `SequenceGradients` scales sums in float32 and has no such rounding.
+    """
 
     def __init__(
         self,
@@ -99,14 +99,19 @@ class LinearFactors:
         *,
         dtype: torch.dtype,
         lookup: Lookup | None = None,
+        gemm: Gemm | None = None,
     ) -> None:
         """
         Args:
             x, dy: (T, in) and (T, out).
             dtype: of ``main_grad``.
+            gemm: None: torch's, and where it does not take these factors.
         """
-        self.x = x.to(dtype)
-        self.dy = dy.to(dtype)
+        taken = gemm is not None and all(gemm.takes(found.dtype, dtype) for found in (x, dy))
+        self.gemm = gemm if gemm is not None and taken else TorchGemm()
+        self.x = self.gemm.operand(x, dtype)
+        self.dy = self.gemm.operand(dy, dtype)
+        self.dtype = dtype
         self.sequences = sequences
         self.workspace = workspace
         self.lookup = lookup
@@ -129,7 +134,7 @@ class LinearFactors:
         """
         k = self.sequences.count
         slices = kept_slices(k, accumulates=accumulates)
-        stack = self.workspace.take((slices, *self.shape), self.x.dtype)
+        stack = self.workspace.take((slices, *self.shape), self.dtype)
         self._form(0, self.shape[0], stack)
         return SequenceGradients(stack, k)
 
@@ -138,24 +143,23 @@ class LinearFactors:
     ) -> list[Products]:
         k, (rows, width) = self.sequences.count, self.shape
         chunk = chunk_rows(units, rows, width)
-        row_bytes = (k + 1) * width * self.x.element_size()
+        row_bytes = (k + 1) * width * self.dtype.itemsize
         block = max(1, self.workspace.block_bytes // (row_bytes * chunk)) * chunk
         found = []
         for low in range(0, rows, block):
             high = min(low + block, rows)
             shape = (k + (accumulated is not None), high - low, width)
-            stack = self.workspace.scratch(shape, self.x.dtype)
+            stack = self.workspace.scratch(shape, self.dtype)
             self._form(low, high, stack)
             if accumulated is not None:
                 stack[k] = accumulated[low:high]
             found.append(contract(stack, k, chunk))
-        self.__dict__.pop("_batched", None)  # copies, which the update doesn't need
         return _products(torch.cat(found), units, accumulated, chunk)
 
     def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
         segments = []
         for rows, coefficients in parts:
-            values = self.sequences.per_token(coefficients).to(self.dy.dtype)
+            values = self.sequences.per_token(coefficients).to(self.dtype)
             segments += [_Segment(start, stop, values) for start, stop in rows if start < stop]
             if self.lookup is not None:
                 self.lookup.update(rows, accumulated, values)
@@ -167,14 +171,17 @@ class LinearFactors:
     ) -> torch.Tensor:
         """As `update`, without a lookup; |what was added|^2 (), float64, of this rank's entries."""
         assert self.lookup is None
-        per_token = self.sequences.per_token(coefficients).to(self.dy.dtype)
+        per_token = self.sequences.per_token(coefficients).to(self.dtype)
         energy = self.x.new_zeros((), dtype=torch.float64)
         # A block, and dY of its rows, take at most half of the workspace each.
-        step = max(1, self.workspace.half // (max(self.x.shape) * self.x.element_size()))
+        step = max(1, self.workspace.half // (max(self.x.shape) * self.dtype.itemsize))
         for start, stop in rows:
             for low in range(start, stop, step):
                 high = min(low + step, stop)
-                part = (self.dy[:, low:high] * per_token[:, None]).t() @ self.x
+                part = torch.zeros_like(accumulated[low:high])
+                scaled = (self.dy[:, low:high] * per_token[:, None]).to(self.dy.dtype)
+                self.gemm.accumulate(scaled, self.x, part)
+                del scaled
                 accumulated[low:high] += part
                 energy += torch.linalg.vector_norm(part, dtype=torch.float64).square()
         return energy
@@ -184,30 +191,9 @@ class LinearFactors:
     def _form(self, start: int, stop: int, out: torch.Tensor) -> None:
         """G of these output rows into ``out`` (k or more, stop - start, in)."""
         k = self.sequences.count
-        if self._batched is not None:
-            x, dy = self._batched
-            torch.bmm(dy[:, :, start:stop].mT, x, out=out[:k])
-        else:
-            for s, (low, high) in enumerate(pairwise(self.sequences.offsets)):
-                torch.mm(self.dy[low:high, start:stop].t(), self.x[low:high], out=out[s])
+        self.gemm.sequence_gradients(self.dy[:, start:stop], self.x, self.sequences, out[:k])
         if self.lookup is not None:
-            self.lookup.add_to(out[: self.sequences.count], start, stop, self.sequences)
-
-    @cached_property
-    def _batched(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """X (k, L, in) and dY (k, L, out), where one batched GEMM beats one a sequence.
-
-        Short sequences are padded with zeros to the longest, unless that is much longer.
-        """
-        k, lengths = self.sequences.count, self.sequences.lengths
-        longest, tokens = max(lengths), sum(lengths)
-        if longest * self.x.shape[1] * self.dy.shape[1] > SMALL_GEMM:
-            return None
-        if longest * k == tokens:
-            return self.x[:tokens].view(k, longest, -1), self.dy[:tokens].view(k, longest, -1)
-        if longest * k > MOST_PADDED * tokens:
-            return None
-        return self.sequences.padded(self.x), self.sequences.padded(self.dy)
+            self.lookup.add_to(out[:k], start, stop, self.sequences)
 
     def _add(self, stretch: Sequence[_Segment], accumulated: torch.Tensor) -> None:
         """The ordinary weight-gradient GEMM over adjacent rows, of tokens that have been scaled."""
@@ -218,7 +204,7 @@ class LinearFactors:
         if alone and width * token_bytes <= self.workspace.half:  # the narrower factor is scaled
             scaled = self.workspace.scratch((tokens, width), self.x.dtype)
             torch.mul(self.x, stretch[0].values[:, None], out=scaled)
-            accumulated[low:high].addmm_(self.dy[:, low:high].t(), scaled)
+            self.gemm.accumulate(self.dy[:, low:high], scaled, accumulated[low:high])
             return
         step = max(1, self.workspace.half // max(1, token_bytes))
         for first in range(low, high, step):
@@ -229,7 +215,7 @@ class LinearFactors:
                 if start < stop:
                     columns = scaled[:, start - first : stop - first]
                     torch.mul(self.dy[:, start:stop], segment.values[:, None], out=columns)
-            accumulated[first:last].addmm_(scaled.t(), self.x)
+            self.gemm.accumulate(scaled, self.x, accumulated[first:last])
 
 
 @dataclass(frozen=True)
@@ -324,14 +310,13 @@ class Lookup:
     def add_to(self, out: torch.Tensor, start: int, stop: int, sequences: Sequences) -> None:
         """Add this lookup's G to dense blocks ``out`` (k, stop - start, h)."""
         here = (self.rows >= start) & (self.rows < stop) & (sequences.owner < sequences.count)
-        tokens = here.nonzero()[:, 0]
-        flat = sequences.owner[tokens] * (stop - start) + self.rows[tokens] - start
-        out.view(-1, out.shape[-1]).index_add_(0, flat, self.dy[tokens])
+        places = sequences.owner * (stop - start) + self.rows - start
+        add_rows(out.view(-1, out.shape[-1]), places, self.dy, here)
 
     def update(self, rows: Rows, accumulated: torch.Tensor, per_token: torch.Tensor) -> None:
         for start, stop in rows:
-            tokens = ((self.rows >= start) & (self.rows < stop)).nonzero()[:, 0]
-            accumulated.index_add_(0, self.rows[tokens], self.dy[tokens] * per_token[tokens, None])
+            here = (self.rows >= start) & (self.rows < stop)
+            add_rows(accumulated, self.rows, self.dy, here, per_token)
 
 
 class LookupFactors:
@@ -362,18 +347,18 @@ class LookupFactors:
         inside = torch.zeros_like(lookup.rows, dtype=torch.bool)
         for start, stop in rows:
             inside |= (lookup.rows >= start) & (lookup.rows < stop)
-        tokens = (inside & (owner < k)).nonzero()[:, 0]
-        used, compact = lookup.rows[tokens].unique(return_inverse=True)
+        inside &= owner < k
+        used, places = distinct(lookup.rows, inside)
         row_bytes = (k + 1) * width * lookup.dy.element_size()
         block = max(1, self.workspace.block_bytes // row_bytes)
         sums = lookup.dy.new_zeros((k + (accumulated is not None), k), dtype=torch.float64)
         for low in range(0, len(used), block):
             high = min(low + block, len(used))
-            here = ((compact >= low) & (compact < high)).nonzero()[:, 0]
+            here = inside & (places >= low) & (places < high)
             stack = self.workspace.scratch((len(sums), high - low, width), lookup.dy.dtype)
             stack[:k] = 0
-            flat = owner[tokens[here]] * (high - low) + compact[here] - low
-            stack.view(-1, width).index_add_(0, flat, lookup.dy[tokens[here]])
+            flat = owner * (high - low) + places - low
+            add_rows(stack.view(-1, width), flat, lookup.dy, here)
             if accumulated is not None:
                 torch.index_select(accumulated, 0, used[low:high], out=stack[k])
             sums += contract(stack, k, 1).sum(dim=0, dtype=torch.float64)

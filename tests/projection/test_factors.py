@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from proma_megatron.projection import factors as factors_module
+from proma_megatron.projection import gemm as gemm_module
 from proma_megatron.projection.choosing import SMALL_BYTES, Choice, Rates, choose, describe
 from proma_megatron.projection.contraction import Rows
 from proma_megatron.projection.factors import Factors, LinearFactors, Lookup, LookupFactors
@@ -75,7 +75,7 @@ def test_products_and_updates_are_those_of_the_gradients_themselves(
     lengths: str, units: str, way: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "kept, no batch":
-        monkeypatch.setattr(factors_module, "SMALL_GEMM", 0)
+        monkeypatch.setattr(gemm_module, "SMALL_GEMM", 0)
     generator = torch.Generator().manual_seed(0)
     sequences = of(LENGTHS[lengths])
     tokens = len(sequences.owner)
