@@ -3,8 +3,9 @@
 It is the `GradientSink` of the policy's layers. During backward each layer hands it the factors of
 its weight gradient, and the rule's updater takes from them what it needs. Parameters of one
 transformer layer are finished together: one sum over tensor ranks for all of them, and then the
-update of ``main_grad``; that of short vectors may wait for the end of the backward pass. Each
-parameter sees its microbatches in order 0..M-1.
+update of ``main_grad``; that of short vectors may wait for the end of the backward pass. The sum is
+started with the layer's last capture and waited for at the next layer's first, so that it runs
+beside what lies between. Each parameter sees its microbatches in order 0..M-1.
 
 Microbatches are told apart by `begin_backward`, which the schedule calls when the backward of a
 microbatch reaches this model chunk: under 1F1B forwards run ahead of backwards, and recompute runs
@@ -13,6 +14,7 @@ forwards inside backwards, so what the last forward was says nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +66,7 @@ class Group:
     layer: int | None  # None: embedding, final norm and head
 
 
-def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updater[Any, Any]:
+def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updater[Any, Any, Any]:
     """The rule of a configuration; ``dtype`` is the one that the model computes in."""
     assert config.rule != "none", "rule 'none' is Megatron's own accumulation"
     if config.rule == "subspace":
@@ -130,9 +132,12 @@ class Accumulator:
         self._current: Current | None = None
         self._group_bytes = self._bytes_by_layer()
         self._group: Group | None = None
+        self._captured = 0  # parameters of the group
+        self._wanted = self._captures_by_layer()
         self.workspace = Workspace(config.workspace_mb * 2**20, topology.device)
         self.choices: dict[str, Choice] = {}
         self._pending: list[Any] = []
+        self._started: Any = None  # the group whose sum over tensor ranks is under way
         self._held = 0  # bytes that the pending hold besides the workspace
         self._late: list[Any] = []  # units that wait for the end of the backward pass
         self._late_bytes = 0
@@ -174,6 +179,22 @@ class Accumulator:
                 found[shard.layer] = found.get(shard.layer, 0) + size
         return found
 
+    def _captures_by_layer(self) -> Counter[int]:
+        """After how many captures a layer's sum can start: those that no other group joins.
+
+        The first layer's waits for the embedding, if that is captured here.
+        """
+        wanted = Counter(
+            shard.layer
+            for shard in self.shards.values()
+            if shard.layer is not None and shard.parameter.requires_grad
+        )
+        names = {shard.name for shard in self.shards.values()}
+        embeds = self.ends is None and "embedding.word_embeddings.weight" in names
+        if embeds and wanted and self.topology.tensor.size > 1:
+            del wanted[min(wanted)]
+        return wanted
+
     @property
     def tally(self) -> Tally:
         """What the rule's figures said in the step that was begun last."""
@@ -193,6 +214,7 @@ class Accumulator:
         self._begun.clear()
         # What a backward pass left that was broken off belongs to no step.
         self._pending, self._held, self._group, self._tied_head = [], 0, None, None
+        self._started = None
         self._late, self._late_bytes = [], 0
         self.workspace.free()
         if self.ends is not None:
@@ -219,7 +241,7 @@ class Accumulator:
         Raises:
             RuntimeError: a parameter did not see every microbatch; its gradient would be wrong.
         """
-        assert not self._pending + self._late, "the end of each backward pass finishes its captures"
+        assert not self._waits(), "the end of each backward pass finishes its captures"
         if self.ends is not None and self.topology.is_last_stage:
             self._drain_tied(microbatches)
         self.workspace.release()
@@ -334,7 +356,7 @@ class Accumulator:
             return
         if not self._joins(group, current.microbatch.sequences.count):
             self._flush()
-        self._group = group
+        self._group, self._captured = group, 0
 
     def _joins(self, group: Group, sequences: int) -> bool:
         """Whether what is pending can wait for this group, and save a sum over tensor ranks.
@@ -365,18 +387,32 @@ class Accumulator:
         if waiting:
             self._pending += waiting
             self._held += factors.nbytes
+        self._captured += 1
+        if shard.layer is not None and self._captured == self._wanted.get(shard.layer):
+            self._start()
+
+    def _waits(self) -> bool:
+        """Whether anything of a backward pass is not finished."""
+        return bool(self._pending or self._late) or self._started is not None
+
+    def _start(self) -> None:
+        """Start the sum over tensor ranks of what is pending; nobody waits for it here."""
+        if self._pending:
+            assert self._started is None, "one group after the other"
+            self._started, self._pending = self.solver.start(self._pending), []
 
     def _flush(self) -> None:
-        if self._pending:
+        if self._pending or self._started is not None:
             self._finish(self._now().microbatch)
 
     def _finish(self, microbatch: Microbatch) -> None:
-        pending, self._pending = self._pending, []
-        if pending:
-            late = self.solver.finish(pending, microbatch)
+        self._start()
+        started, self._started = self._started, None
+        if started is not None:
+            late = self.solver.finish(started, microbatch)
             self._late += late
             self._late_bytes += sum(found.nbytes for found in late)
-        del pending
+        del started
         self._held = 0
         self.workspace.free()
         if self._late_bytes > LATE_BYTES:
@@ -401,7 +437,7 @@ class Accumulator:
         """Finish the tied tensor for held microbatches with an index below ``stop``."""
         assert self.ends is not None
         assert self.tied_table is not None
-        assert not self._pending + self._late, "tied microbatches are finished between others"
+        assert not self._waits(), "tied microbatches are finished between others"
         shard = self.tied_table
         for held in self.ends.ready(stop):
             dtype = self._dtype(shard.parameter)

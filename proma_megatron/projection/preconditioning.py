@@ -20,10 +20,11 @@ from proma_megatron.projection.factors import VectorFactors, take
 from proma_megatron.projection.isopo import Kind, precondition
 from proma_megatron.projection.solver import (
     Capture,
+    GroupSum,
     Summands,
     add,
     add_unprojected,
-    sum_over_tensor_group,
+    start_group_sum,
     symmetric,
     triangle,
 )
@@ -58,9 +59,12 @@ class Preconditioning:
             for unit, found in zip(projected, products, strict=True)
         ]
 
-    def finish(self, pending: Sequence[Summands], microbatch: Microbatch) -> list[Never]:
+    def start(self, pending: Sequence[Summands]) -> GroupSum:
+        return start_group_sum(pending, self.tensor)
+
+    def finish(self, started: GroupSum, microbatch: Microbatch) -> list[Never]:
         """``A <- A + G a'`` for every unit."""
-        sums = sum_over_tensor_group(pending, self.tensor)
+        pending, sums = started.units, started.wait()
         k = len(microbatch.advantages)
         gram = torch.stack(
             [_gram(found, whole, k) for found, (whole,) in zip(pending, sums, strict=True)]

@@ -20,10 +20,11 @@ from proma_megatron.projection.factors import VectorFactors, take
 from proma_megatron.projection.rules import Rule, solve, solve_vectors
 from proma_megatron.projection.solver import (
     Capture,
+    GroupSum,
     Summands,
     add,
     add_unprojected,
-    sum_over_tensor_group,
+    start_group_sum,
     symmetric,
     triangle,
 )
@@ -94,11 +95,14 @@ class Projecting:
             for unit, found in zip(projected, products, strict=True)
         ]
 
-    def finish(self, pending: Sequence[Summands], microbatch: Microbatch) -> list[Vector]:
+    def start(self, pending: Sequence[Summands]) -> GroupSum:
+        return start_group_sum(sorted(pending, key=_is_vector), self.tensor)
+
+    def finish(self, started: GroupSum, microbatch: Microbatch) -> list[Vector]:
         """``A <- A - clamp(projection) + G a`` for every weight's unit; vectors can wait."""
-        matrices = [found for found in pending if not _is_vector(found)]
-        vectors = [found for found in pending if _is_vector(found)]
-        sums = sum_over_tensor_group([*matrices, *vectors], self.tensor)
+        matrices = [found for found in started.units if not _is_vector(found)]
+        vectors = [found for found in started.units if _is_vector(found)]
+        sums = started.wait()  # of matrices first, as they were started
         if matrices:
             self._solve_matrices(matrices, [next(sums) for _ in matrices], microbatch)
         return [Vector.of(found, *whole) for found, whole in zip(vectors, sums, strict=True)]

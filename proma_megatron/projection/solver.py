@@ -47,12 +47,13 @@ class Summands:
     tensors: tuple[torch.Tensor, ...]
 
 
-class Updater[Pending, Late](Protocol):
+class Updater[Pending, Started, Late](Protocol):
     """One rule at work. ``tally`` collects its figures; a new one is set at each step.
 
     A parameter is taken when its layer hands over its factors, and finished with its group: what
-    ``take`` returns waits in between. What holds little memory may wait on, for the end of the
-    microbatch's backward pass: small problems cost less together.
+    ``take`` returns waits for ``start``, and what that returns, a sum over tensor ranks under way,
+    for ``finish``. What holds little memory may wait on, for the end of the microbatch's backward
+    pass: small problems cost less together.
     """
 
     tally: Tally
@@ -66,7 +67,15 @@ class Updater[Pending, Late](Protocol):
         """What the parameter's units wait with; units that are added plainly are so at once."""
         ...
 
-    def finish(self, pending: Sequence[Pending], microbatch: Microbatch) -> Sequence[Late]:
+    def start(self, pending: Sequence[Pending]) -> Started:
+        """Start the sum over tensor ranks that a group's units are solved from.
+
+        All tensor ranks start those of all groups in the same order, that of their backward passes,
+        in which the layers' own collectives have the same places.
+        """
+        ...
+
+    def finish(self, started: Started, microbatch: Microbatch) -> Sequence[Late]:
         """Add the microbatch to ``main_grad`` of these units, as the rule has it.
 
         Returns:
@@ -83,38 +92,66 @@ class Updater[Pending, Late](Protocol):
         ...
 
 
-def sum_over_tensor_group(
-    units: Sequence[Summands], tensor: Axis
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Each unit's summands (float64) added up over TP, all of them in one collective.
+@dataclass(frozen=True)
+class Sum:
+    """Tensors that are being added up over tensor ranks."""
 
-    What every rank holds whole is left as it is.
-    """
+    parts: Sequence[torch.Tensor]  # this rank's
+    flat: torch.Tensor | None = None  # all of them, the whole ones when ``work`` is done
+    work: dist.Work | None = None
+
+    def wait(self) -> list[torch.Tensor]:
+        """The whole tensors. On a GPU its stream waits, not the host."""
+        if self.flat is None:
+            return list(self.parts)
+        if self.work is not None:
+            self.work.wait()
+        pieces = self.flat.split([part.numel() for part in self.parts])
+        return [piece.view(part.shape) for piece, part in zip(pieces, self.parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class GroupSum:
+    """The summands of a group's units on their way."""
+
+    units: Sequence[Summands]
+    shared: Sum
+
+    def wait(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Each unit's summands added up over TP; what every rank holds whole, as it is."""
+        summed = iter(self.shared.wait())
+        return iter(
+            [
+                found.tensors
+                if found.unit.reduction is Reduction.REPLICATED
+                else tuple(next(summed) for _ in found.tensors)
+                for found in self.units
+            ]
+        )
+
+
+def start_group_sum(units: Sequence[Summands], tensor: Axis) -> GroupSum:
+    """Add up each unit's summands (float64) over TP, all of them in one collective."""
     shared = [
         part
         for found in units
         if found.unit.reduction is not Reduction.REPLICATED
         for part in found.tensors
     ]
-    summed = iter(sum_together(shared, tensor))
-    return iter(
-        [
-            found.tensors
-            if found.unit.reduction is Reduction.REPLICATED
-            else tuple(next(summed) for _ in found.tensors)
-            for found in units
-        ]
-    )
+    return GroupSum(units, start_sum(shared, tensor))
+
+
+def start_sum(parts: Sequence[torch.Tensor], tensor: Axis) -> Sum:
+    """Add up every one of these float64 tensors over TP, in one collective; none for none."""
+    if not parts or tensor.size == 1:
+        return Sum(parts)
+    flat = torch.cat([part.flatten() for part in parts])
+    return Sum(parts, flat, dist.all_reduce(flat, group=tensor.group, async_op=True))
 
 
 def sum_together(parts: Sequence[torch.Tensor], tensor: Axis) -> list[torch.Tensor]:
-    """Every one of these float64 tensors added up over TP, in one collective; none for none."""
-    if not parts or tensor.size == 1:
-        return list(parts)
-    flat = torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(flat, group=tensor.group)
-    pieces = flat.split([part.numel() for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+    """The same, waited for."""
+    return start_sum(parts, tensor).wait()
 
 
 def triangle(gram: torch.Tensor) -> torch.Tensor:
