@@ -24,10 +24,12 @@ def pivoted_factor(gram: torch.Tensor, cutoff: float) -> torch.Tensor:
         gram: (..., k, k) positive semidefinite, finite.
     """
     k = gram.shape[-1]
+    # Relative to the largest entry, whose square might be infinite.
+    peak = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
+    rest, columns = gram / torch.where(peak > 0, peak, 1.0), []
     # An upper bound of the largest eigenvalue, at most k^(1/4) times it.
-    largest = torch.linalg.matrix_norm(gram @ gram).sqrt()
-    least = (cutoff * largest)[..., None, None]
-    rest, columns = gram.clone(), []
+    largest = torch.linalg.matrix_norm(rest @ rest, keepdim=True).sqrt()
+    least = cutoff * largest
     for _ in range(k):
         pivot, place = rest.diagonal(dim1=-2, dim2=-1).max(dim=-1, keepdim=True)
         column = rest.gather(-1, place[..., None].expand(*rest.shape[:-1], 1))
@@ -35,7 +37,7 @@ def pivoted_factor(gram: torch.Tensor, cutoff: float) -> torch.Tensor:
         column = column / size.sqrt()
         rest = rest - column @ column.mT
         columns.append(column)
-    return torch.cat(columns, dim=-1)
+    return torch.cat(columns, dim=-1) * peak.clamp(min=0).sqrt()
 
 
 def reduced(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
