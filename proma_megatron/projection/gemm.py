@@ -192,11 +192,13 @@ class ApexGemm(_Mixed):
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = left right`` in float32, of half-precision factors.
-
-    `torch.mm` documents an ``out_dtype`` of float32 for such factors on CUDA, and on no CPU.
-    """
-    if left.device.type == "cuda":
+    """``out = left right`` in float32, of half-precision factors."""
+    if _adds_up_in_float32(left.device):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
         torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+
+def _adds_up_in_float32(device: torch.device) -> bool:
+    """Whether `torch.mm` has an ``out_dtype`` of float32 for such factors: by its documentation."""
+    return device.type == "cuda"

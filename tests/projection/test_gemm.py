@@ -14,6 +14,7 @@ from support.gradients import streaming
 from support.pool import WorkerPool
 
 from proma_megatron import extras
+from proma_megatron.projection import gemm as gemm_module
 from proma_megatron.projection.factors import LinearFactors, Lookup
 from proma_megatron.projection.gemm import (
     ApexGemm,
@@ -105,6 +106,25 @@ def test_products_of_an_engine_are_exact_but_for_float32(
             torch.testing.assert_close(first.gram, own @ own.T, rtol=1e-5, atol=1e-5)
             own = expected[:, 3:7].flatten(1)
             torch.testing.assert_close(second.gram, own @ own.T, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_grouped_gemm_a_gpu_widens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `torch.mm` is documented for CUDA; here it is a stand-in."""
+    product = torch.mm
+
+    def documented(
+        left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype, out: torch.Tensor
+    ) -> None:
+        assert (left.dtype, right.dtype, out_dtype, out.dtype) == (BF16, BF16, FP32, FP32)
+        out.copy_(product(left.float(), right.float()))
+
+    monkeypatch.setattr(gemm_module, "_adds_up_in_float32", lambda _: True)
+    x = torch.arange(8.0).view(4, 2).to(BF16)
+    with stand_ins():
+        engine, out = ApexGemm(), torch.empty(2, 2, 2)
+    monkeypatch.setattr(torch, "mm", documented)
+    engine.sequence_gradients(x, x, Sequences.of((1, 3), 4, CPU), out)
+    assert out.tolist() == [[[0, 0], [0, 1]], [[56, 68], [68, 83]]]
 
 
 def test_float32_operands_are_left_to_torch() -> None:
