@@ -126,10 +126,13 @@ class Sequences:
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], total: int, device: torch.device) -> Sequences:
-        k = len(lengths)
-        repeats = torch.tensor([*lengths, total - sum(lengths)], device=device)
-        owner = torch.repeat_interleave(torch.arange(k + 1, device=device), repeats)
-        return cls(tuple(accumulate(lengths, initial=0)), owner)
+        offsets = tuple(accumulate(lengths, initial=0))
+        # Filled on the device: where a backward pass is first to ask, the host must not wait for
+        # copies of its lists, nor for a length that depends on values.
+        owner = torch.full((total,), len(lengths), dtype=torch.int64, device=device)
+        for s, (start, stop) in enumerate(pairwise(offsets)):
+            owner[start:stop].fill_(s)
+        return cls(offsets, owner)
 
     @property
     def count(self) -> int:

@@ -43,7 +43,7 @@ BATCH = [
 @pytest.mark.parametrize("block_bytes", [None, 4000])
 @pytest.mark.parametrize(
     ("case", "tolerance"),
-    [(Case("exact", "qwen3"), 1e-4), (Case("exact", "untied", **SP2), 1e-4)],
+    [(Case("exact", "qwen3"), 1e-6), (Case("exact", "untied", **SP2), 1e-6)],
     ids=str,
 )
 def test_an_accumulator_of_half_precision_operands(
