@@ -7,7 +7,8 @@ no second gradient is ever held.
 
 On a GPU the host waits once a layer, for the eigenvectors of small matrices (`subspace._ritz`):
 rotations without a look at their outcome would take a thousand launches at rank 8. What orders
-directions by size can't do without eigenvectors as PROMA's rules can.
+directions by size can't do without eigenvectors as PROMA's rules can. Of `torch.linalg.qr` torch
+documents no such wait, as it does of `eigh` and `svd`.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ last stage; after each microbatch the first stage sends its per-token gradients 
 are activation-sized, not vocabulary-sized. The last stage holds the head's factors until they
 arrive.
 
-They travel over Gloo, through the host's memory; models with tied embeddings are small. Nothing
-deadlocks: a microbatch is only waited for once a later forward proves that the first stage
-has passed its backward (`lag` below), or at the end of the step.
+They travel over Gloo, through the host's memory; models with tied embeddings are small. By design
+the host waits for a GPU there, once a microbatch at each end. Nothing deadlocks: a microbatch is
+only waited for once a later forward proves that the first stage has passed its backward (`lag`
+below), or at the end of the step.
 """
 
 from __future__ import annotations
