@@ -135,11 +135,12 @@ def warning(figures: Figures, config: ProjectionConfig) -> str | None:
             f"from FP8 or from bfloat16 operands are not finite; {fix}"
         )
     found = []
-    if figures.beta_error is not None and figures.beta_error > config.fp8_gate_beta:
+    beta, removed = figures.beta_error, figures.removed_error
+    if beta is not None and removed is not None and beta > config.fp8_gate_beta:
         found.append(
-            f"{'change' if used else 'would change'} beta by {figures.beta_error:.1%} (median; "
-            f"projection.fp8_gate_beta is {config.fp8_gate_beta:g}), worst at "
-            f"{figures.beta_worst} ({figures.beta_error_max:.1%})"
+            f"{'change' if used else 'would change'} beta by {beta:.1%} (median; "
+            f"projection.fp8_gate_beta is {config.fp8_gate_beta:g}) and what is removed by "
+            f"{removed:.1%}, worst at {figures.beta_worst} ({figures.beta_error_max:.1%} of beta)"
         )
     if figures.cosine < config.fp8_gate_cosine:
         found.append(
@@ -147,7 +148,7 @@ def warning(figures: Figures, config: ProjectionConfig) -> str | None:
             f"{figures.cosine:.4f} (projection.fp8_gate_cosine is {config.fp8_gate_cosine:g}), "
             f"worst at {figures.cosine_worst} ({figures.cosine_min:.4f})"
         )
-    return f"FP8 operands {' and '.join(found)}; {fix}" if found else None
+    return f"FP8 operands {', and '.join(found)}; {fix}" if found else None
 
 
 def _median(values: Sequence[float]) -> float | None:
