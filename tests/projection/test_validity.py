@@ -434,3 +434,8 @@ def test_nearly_parallel_sequences_trade_coefficients_and_little_else() -> None:
     assert figures.removed_error is not None
     assert figures.removed_error < 0.15
     assert figures.beta_error > 2 * figures.removed_error
+
+
+def test_a_silent_unit_is_unchanged_unless_fp8_alone_silences_it() -> None:
+    assert Difference("up", None, None, 0.0, 0.0, 0.0).cosine == 1
+    assert Difference("up", None, None, 0.0, 2.0, 0.0).cosine == 0
