@@ -19,7 +19,12 @@ from pydantic import (
 )
 
 from proma_megatron.algorithms import RULES
-from proma_megatron.config_rules import layout_problems, run_problems, training_problems
+from proma_megatron.config_rules import (
+    layout_problems,
+    precision_problems,
+    run_problems,
+    training_problems,
+)
 
 
 class ConfigError(ValueError):
@@ -244,8 +249,8 @@ class ProjectionConfig(Section):
     # formed in passing (stream), or what was measured to be faster (auto).
     gradients: Literal["auto", "materialize", "stream"] = "auto"
 
-    # With model.fp8: what sequence gradients are formed from, X and dY as they were (bfloat16) or as
-    # FP8 has them.
+    # With model.fp8: what sequence gradients are formed from, inputs and output gradients of layers
+    # as they were, or as FP8 has them.
     fp8_operands: Literal["bfloat16", "fp8"] = "bfloat16"
     # With model.fp8: steps between comparisons of one microbatch's K and c from both; 0: only the
     # first step. Warn when the median relative error of beta is above fp8_gate_beta, or the cosine
@@ -437,6 +442,13 @@ class GradientsConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     projection: ProjectionConfig = ProjectionConfig()
     trainer: ProcessConfig = ProcessConfig()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> GradientsConfig:
+        projects = self.projection.active
+        for problem in precision_problems(self.model, self.projection, projects=projects):
+            raise ValueError(problem)
+        return self
 
 
 # What the configuration names need not be there for it to be valid: a run can be planned before its

@@ -11,9 +11,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from proma_megatron.algorithms import combination_problems, estimator_problems
+from proma_megatron.recipes import RECIPES
 
 if TYPE_CHECKING:
-    from proma_megatron.config import ModelConfig, ParallelConfig, RewardConfig, RunConfig
+    from proma_megatron.config import (
+        ComputeConfig,
+        ModelConfig,
+        ParallelConfig,
+        ProjectionConfig,
+        RewardConfig,
+        RunConfig,
+    )
 
 
 def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -44,6 +52,7 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
         )
     if parallel.sequence and tp == 1:
         yield "parallel.sequence is true with parallel.tensor=1; use a tensor size of at least 2"
+    yield from fp8_shape_problems(model, parallel)
     if vpp is not None and pp == 1:
         yield (
             f"parallel.virtual_pipeline is {vpp} with parallel.pipeline=1; use at least 2 pipeline "
@@ -54,6 +63,92 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
         yield (
             f"model.layers is {model.layers}, which {stages} does not divide; use a number of "
             f"layers that is a multiple of {pp * (vpp or 1)}"
+        )
+
+
+def precision_problems(
+    model: ComputeConfig, projection: ProjectionConfig, *, projects: bool
+) -> Iterator[str]:
+    """What dtype, backend, FP8 recipe and operands of the projection must agree on.
+
+    Args:
+        projects: whether sequence gradients are formed at all.
+    """
+    te = model.backend == "transformer_engine"
+    if te and model.dtype != "bfloat16":
+        yield (
+            f"model.backend is 'transformer_engine' with model.dtype={model.dtype}, whose layers "
+            "are used in bfloat16; use model.dtype=bfloat16, or model.backend=torch"
+        )
+    if model.fp8 == "none":
+        skipped = model.fp8_skip_first + model.fp8_skip_last
+        if skipped:
+            yield (
+                f"model.fp8_skip_first + model.fp8_skip_last is {skipped} with model.fp8=none; "
+                "choose a recipe, or leave them at 0"
+            )
+        if projection.fp8_operands == "fp8":
+            yield (
+                "projection.fp8_operands is 'fp8' with model.fp8=none; choose a recipe, or use "
+                "projection.fp8_operands=bfloat16"
+            )
+        return
+    if model.dtype != "bfloat16":
+        yield (
+            f"model.fp8 is '{model.fp8}' with model.dtype={model.dtype}, but FP8 layers take and "
+            "give bfloat16; use model.dtype=bfloat16, or model.fp8=none"
+        )
+    if model.backend == "torch":
+        yield (
+            f"model.fp8 is '{model.fp8}' with model.backend=torch, which has no FP8 layers; use "
+            "model.backend=transformer_engine or auto, or model.fp8=none"
+        )
+    if model.fp8 == "delayed" and model.fp8_skip_first + model.fp8_skip_last:
+        yield (
+            "model.fp8 is 'delayed' with layers that stay in bfloat16 (model.fp8_skip_first, "
+            "model.fp8_skip_last), which Megatron-Core refuses; set both to 0, or use "
+            "model.fp8=current"
+        )
+    if projects and projection.rule == "subspace" and projection.fp8_operands == "fp8":
+        yield (
+            "projection.rule is 'subspace' with projection.fp8_operands=fp8, whose rounding hides "
+            "the directions that it looks for; use projection.fp8_operands=bfloat16"
+        )
+
+
+def fp8_shape_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Which dimensions of this model's layers, on one rank, the FP8 recipe does not take."""
+    if model.fp8 == "none":
+        return
+    multiple, tp = RECIPES[model.fp8].alignment, parallel.tensor
+    groups = max(1, model.kv_heads // tp)
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "model.heads x model.head_dim / parallel.tensor": model.heads * model.head_dim // tp,
+        "queries, keys and values of a rank": (model.heads // tp + 2 * groups) * model.head_dim,
+        "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // tp,
+    }
+    for what, width in widths.items():
+        if width % multiple:
+            yield (
+                f"{what} is {width}, expected a multiple of {multiple} for model.fp8={model.fp8}; "
+                "use another shape or a smaller parallel.tensor, another recipe, or model.fp8=none"
+            )
+    stage = model.layers // parallel.pipeline
+    for key, skipped in (
+        ("model.fp8_skip_first", model.fp8_skip_first),
+        ("model.fp8_skip_last", model.fp8_skip_last),
+    ):
+        if skipped > stage:
+            yield (
+                f"{key} is {skipped}, expected at most the {stage} layers of a pipeline stage; "
+                f"use {stage} or fewer, or a smaller parallel.pipeline"
+            )
+    if model.fp8_skip_first + model.fp8_skip_last >= model.layers:
+        yield (
+            f"model.fp8_skip_first + model.fp8_skip_last is "
+            f"{model.fp8_skip_first + model.fp8_skip_last} of {model.layers} layers, so that none "
+            "computes in FP8; lower them, or use model.fp8=none"
         )
 
 
@@ -96,6 +191,7 @@ def run_problems(config: RunConfig) -> Iterator[str]:
             "data.columns.prompt and data.columns.answer go together, but only one is set; give "
             "both, or neither"
         )
+    yield from precision_problems(config.model, config.projection, projects=config.projects)
     yield from _reward_problems(config.reward)
     yield from combination_problems(config)
 

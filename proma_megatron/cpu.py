@@ -97,6 +97,28 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+    _take_torch_kernels()
+
+
+def _take_torch_kernels() -> None:
+    """Megatron's optimizer in torch, where Transformer Engine or Apex is installed, too.
+
+    It takes their kernels, which need a GPU, whenever it can import them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.optimizer as optimizers
+        from megatron.core import utils
+        from megatron.core.optimizer import clip_grads, optimizer
+
+    optimizers.Adam, optimizers.SGD = torch.optim.AdamW, torch.optim.SGD
+    optimizers.USING_PYTORCH_OPTIMIZER = True
+    module: Any
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
 
 
 @contextlib.contextmanager

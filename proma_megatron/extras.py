@@ -37,7 +37,20 @@ def transformer_engine_problem() -> str | None:
     low, high = TE_TESTED
     if number is None or not low <= (int(number[1]), int(number[2])) < high:
         return f"Transformer Engine is {version}, tested is {TE_RANGE}; {TE_INSTALL}"
+    if not _has_torch_binding():
+        return f"Transformer Engine {version} has no library for torch; {TE_INSTALL}"
     return None
+
+
+def _has_torch_binding() -> bool:
+    """Whether the compiled part is there: the package can be installed without it."""
+    spec = util.find_spec("transformer_engine")
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    return any(
+        any(place.glob("transformer_engine_torch*.so"))
+        for folder in folders
+        for place in (folder.parent, folder, folder / "wheel_lib")
+    )
 
 
 def apex_problem() -> str | None:
@@ -50,6 +63,17 @@ def apex_problem() -> str | None:
         f"{where} is not NVIDIA's Apex, for PyPI's `apex` is another project; pip uninstall apex, "
         f"then build NVIDIA's from {APEX_SOURCE} or use an NGC container"
     )
+
+
+def in_use(backend: str, fp8: str) -> list[str]:
+    """What the start of a run on GPUs says of these libraries."""
+    layers = "Megatron-Core's layers, on torch"
+    if backend == "transformer_engine":
+        layers = f"layers of Transformer Engine {transformer_engine_version()}"
+        if fp8 != "none":
+            layers += f", FP8 with {fp8} scaling"
+    problem = apex_problem()
+    return [layers, *([] if problem is None else [f"apex: {problem}"])]
 
 
 def has_nvidia_apex() -> bool:

@@ -19,7 +19,7 @@ from proma_megatron.config import (
     Section,
 )
 from proma_megatron.output import SUMMARY
-from proma_megatron.placement import check_world_size, choose_device
+from proma_megatron.placement import check_backend, check_world_size, choose_device
 from proma_megatron.startup import defer_compilation
 from proma_megatron.workers import start_workers
 
@@ -84,6 +84,8 @@ def run_job(module: str, job: Section, config: JobConfig, folder: Path, name: st
     """
     workers = config.parallel.world_size
     device = choose_device(config.device, workers)
+    if isinstance(config, GradientsConfig):  # others only sample and read, which no FP8 layer does
+        check_backend(config.model, device)
     say(f"{describe(config.parallel)}: {workers_on(workers, device)}")
     path = folder / "job.json"
     path.write_text(job.model_dump_json())

@@ -23,13 +23,14 @@ from proma_megatron.batching.packing import (
 )
 from proma_megatron.config import RunConfig
 from proma_megatron.nonfinite import Offence, Pass, blame, is_finite, offences
-from proma_megatron.policy.losses.options import SUPERVISED, LossOptions
+from proma_megatron.policy.losses.options import SUPERVISED, UNIT, LossOptions
 from proma_megatron.policy.model import Policy
 from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.policy.schedule import Sums, evaluate_logprobs, kl_estimate
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.diagnostics import Units
+from proma_megatron.projection.validity import Figures
 from proma_megatron.records import Microbatch, TrainingSequence
 
 Plan = list[list[int]]  # a replica's microbatches, as places among the sequences
@@ -51,6 +52,7 @@ class Learner:
     """Passes and steps of one policy on this rank.
 
     Attributes:
+        fp8: what the last `update` found about FP8 operands, if it compared.
         offences: what was to blame for the updates that the last `update` or `supervise` skipped,
             in all replicas, on every rank.
     """
@@ -70,11 +72,17 @@ class Learner:
         self.watch = watch
         self.loss = loss_options(config)
         self.offences: list[Offence] = []
+        self.fp8: Figures | None = None
 
     # ------------------------------------------------------------------ steps
 
     def update(
-        self, groups: Sequence[Sequence[TrainingSequence]], optimizer: Optimizer, kl: float
+        self,
+        groups: Sequence[Sequence[TrainingSequence]],
+        optimizer: Optimizer,
+        kl: float,
+        *,
+        compares: bool = False,
     ) -> dict[str, float]:
         """One optimizer step per minibatch of groups; what it was like.
 
@@ -84,17 +92,19 @@ class Learner:
 
         Args:
             kl: coefficient of the penalty in the loss, if there is one.
+            compares: of the first minibatch, compare a microbatch's FP8 operands with those before
+                FP8; `fp8` says how they differ.
         """
         count = self.config.batching.minibatches
         size = len(groups) // count
         metrics: dict[str, float] = {}
         units: Units = {}
         sums, last = Sums(), None  # of the latest pass, and of the latest update
-        self.offences, skipped = [], 0
+        self.offences, self.fp8, skipped = [], None, 0
         trained, clipped, tokens = 0, 0.0, 0.0
         for index in range(count):
             minibatch = [s for found in groups[index * size : (index + 1) * size] for s in found]
-            found = self._gradients(minibatch, kl)
+            found = self._gradients(minibatch, kl, compares=compares and index == 0)
             sums = found.sums
             clipped, tokens = clipped + sums.clipped, tokens + sums.tokens
             trained += sum(len(s.tokens) for s in self._kept(minibatch) if s.loss_tokens)
@@ -119,17 +129,23 @@ class Learner:
         metrics["policy/kl_rollout"] = sums.kl / max(1, sums.tokens)
         metrics["loss/policy"] = -sums.objective
         metrics["tokens/trained"] = float(trained)
+        if self.fp8 is not None:
+            metrics |= self.fp8.metrics()
         return metrics | diagnostics.metrics(units)
 
     def gradients(self, minibatch: Sequence[TrainingSequence], kl: float = 0.0) -> Sums:
         """Gradients of one minibatch in ``main_grad``, reduced; sums over all replicas."""
         return self._gradients(minibatch, kl).sums
 
-    def _gradients(self, minibatch: Sequence[TrainingSequence], kl: float) -> Accumulated:
+    def _gradients(
+        self, minibatch: Sequence[TrainingSequence], kl: float, *, compares: bool = False
+    ) -> Accumulated:
         # What is dropped still counts in the denominator: dropping changes no plain gradient.
         weighted, denominator = aggregate(minibatch, *aggregation(self.config))
         loss = replace(self.loss, kl=kl)
-        return self._accumulate(self._kept(weighted), denominator, loss, self.accumulator)
+        return self._accumulate(
+            self._kept(weighted), denominator, loss, self.accumulator, compares=compares
+        )
 
     def _kept(self, sequences: Sequence[TrainingSequence]) -> Sequence[TrainingSequence]:
         if self.config.batching.zero_advantage == "keep":
@@ -173,6 +189,8 @@ class Learner:
         loss: LossOptions,
         accumulator: Accumulator | None,
         temperature: float | None = None,
+        *,
+        compares: bool = False,
     ) -> Accumulated:
         """Gradients of these sequences, given to all replicas."""
         topology, plans = self.policy.topology, self._training_plans(sequences)
@@ -183,9 +201,30 @@ class Learner:
             accumulator,
             temperature or self.config.rollout.temperature,
         )
+        gate = accumulator.gate if accumulator is not None and compares else None
+        if gate is not None:
+            gate.arm(done.microbatches)
         mine = done.run()
+        if gate is not None:
+            self.fp8 = gate.figures(topology)
         sums = sum(topology.gather_over_data(mine), start=Sums())
         return Accumulated(done, mine, sums, sequences, plans, denominator)
+
+    def check_capture(self) -> None:
+        """Prove that every weight hands over its gradient, by a pass over one short sequence.
+
+        For layers whose gradients come through another library's internals; leaves no gradient.
+
+        Raises:
+            RuntimeError: one does not; it is named.
+        """
+        if self.accumulator is None or self.policy.backend == "torch":
+            return
+        sequence = TrainingSequence((0, 1), (0, 1), 1.0, (0.0, 0.0))
+        replicas = self.policy.topology.data.size
+        self._accumulate([sequence] * replicas, 1.0, UNIT, self.accumulator)
+        for chunk in self.policy.chunks:
+            chunk.zero_grad_buffer()
 
     # ------------------------------------------------------------------ looking
 
@@ -299,7 +338,7 @@ class Learner:
                     index,
                     denominator,
                     topology.device,
-                    topology.tensor.size if topology.sequence_parallel else 1,
+                    self.policy.token_multiple,
                 )
                 for index, members in enumerate(plan)
             ]

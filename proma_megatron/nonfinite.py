@@ -74,10 +74,9 @@ class Pass:
         ]
         topology = self.policy.topology
         multiple = topology.pipeline.size if topology.virtual_pipeline > 1 else 1
-        padding = topology.tensor.size if topology.sequence_parallel else 1
         for index in range(len(chain), -(-len(chain) // multiple) * multiple):
             denominator = chain[0].denominator
-            chain.append(pack([], index, denominator, topology.device, padding))
+            chain.append(pack([], index, denominator, topology.device, self.policy.token_multiple))
         self._accumulate(chain, reduce=False)
         kinds: tuple[What | None, ...] = ("gradient", "projection", None)
         mine = 0 if not gradient_fits(self.policy) else 1 if self.unprojected() else 2

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from proma_megatron.config import ConfigError, ParallelConfig, RunConfig
+from proma_megatron.config import ComputeConfig, ConfigError, ParallelConfig, RunConfig
+from proma_megatron.extras import transformer_engine_problem
+from proma_megatron.recipes import RECIPES
+
+Backend = Literal["torch", "transformer_engine"]
 
 
 def choose_device(requested: str, local_world_size: int) -> str:
@@ -25,11 +31,58 @@ def choose_device(requested: str, local_world_size: int) -> str:
 
 
 def check_precision(config: RunConfig, device: str) -> None:
-    """Whether Megatron's optimizer takes this precision there; ConfigError if not."""
+    """Whether layers and optimizer take this precision there; ConfigError if not."""
+    check_backend(config.model, device)
     if device == "cuda" and config.model.dtype == "float64" and config.optimizer.clip_grad > 0:
         raise ConfigError(
             "model.dtype is float64 on GPUs, where Megatron's gradient clipping takes float32 "
             "only; set optimizer.clip_grad=0, or device=cpu"
+        )
+
+
+def choose_backend(model: ComputeConfig, device: str) -> Backend:
+    """Whose linear layers and attention a model has on this kind of device.
+
+    Raises:
+        ConfigError: it asks for Transformer Engine, or for FP8, where there is none.
+    """
+    if model.backend == "torch":
+        return "torch"
+    wanted = "model.backend is 'transformer_engine'"
+    if model.backend == "auto":
+        if model.fp8 == "none" and (device == "cpu" or model.dtype != "bfloat16"):
+            return "torch"
+        wanted = f"model.fp8 is '{model.fp8}', which is Transformer Engine's"
+    if device == "cpu":
+        raise ConfigError(
+            f"{wanted}, but the run is on the CPU; use model.backend=torch model.fp8=none, or GPUs"
+        )
+    problem = transformer_engine_problem()
+    if problem is None:
+        return "transformer_engine"
+    if model.backend == "auto" and model.fp8 == "none":
+        return "torch"
+    raise ConfigError(f"{wanted}, but {problem}, or use model.backend=torch model.fp8=none")
+
+
+def check_backend(model: ComputeConfig, device: str) -> None:
+    """Whether this machine has what the model computes with; ConfigError if not."""
+    choose_backend(model, device)
+    if model.fp8 == "none":
+        return
+    capability = torch.cuda.get_device_capability()
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    cuda = (int(major), int(minor))
+    problem = RECIPES[model.fp8].refusal(capability, cuda)
+    if problem is not None:
+        fits = [
+            f"model.fp8={name}"
+            for name, rules in RECIPES.items()
+            if rules.refusal(capability, cuda) is None
+        ]
+        raise ConfigError(
+            f"model.fp8 is '{model.fp8}', which needs {problem}; use "
+            + " or ".join([*fits, "model.fp8=none"])
         )
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from proma_megatron import extras
 from proma_megatron.algorithms import normalizes_std
 from proma_megatron.batching.advantages.estimate import advantages
 from proma_megatron.checkpoints.folder import is_warm_start
@@ -31,6 +32,7 @@ from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.profiling import Off, Profile, Profiler
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.choosing import Rates
+from proma_megatron.projection.validity import warning
 from proma_megatron.records import RolloutGroup, StepReport, TrainingSequence
 from proma_megatron.references import Batch, Divergences, References, due
 from proma_megatron.reporting import Reporter
@@ -108,14 +110,7 @@ class Trainer:
             return None
         path = self.run_dir.rates
         known = Rates.read(path) if self.topology.is_main else None
-        accumulator = Accumulator(
-            self.policy.modules,
-            self.policy.shards,
-            self.config.projection,
-            self.topology,
-            tied=self.config.model.tie_embeddings,
-            rates=known,
-        )
+        accumulator = Accumulator.of(self.policy, self.config.projection, rates=known)
         if self.topology.is_main and known is None and accumulator.rates is not None:
             with written(path):
                 accumulator.rates.write(path)
@@ -139,6 +134,9 @@ class Trainer:
                 them is saved.
             StorageError: the disk does not take what the run has to keep.
         """
+        if self.topology.device.type == "cuda":
+            for line in extras.in_use(self.policy.backend, self.config.model.fp8):
+                self.reporter.message(line)
         with self._profiled(), self._kept():
             newest = self.keeper.newest() if resume else None
             if newest is None or is_warm_start(newest):
@@ -149,6 +147,7 @@ class Trainer:
                 self._resume(newest)
             if self.divergences.initial is None:
                 self.divergences.initial = WeightSnapshot(self.policy)
+            self.learner.check_capture()
             if self.config.trainer.steps:  # else only the policy that RL would start from is wanted
                 self._reinforce()
             self._finish_save()
@@ -310,7 +309,15 @@ class Trainer:
 
     def _train(self, step: int, batch: Batch) -> dict[str, float]:
         assert self.optimizer is not None
-        metrics = self.learner.update(batch, self.optimizer, self.references.in_loss)
+        gate = self.accumulator.gate if self.accumulator is not None else None
+        compares = gate is not None and gate.due(step)
+        metrics = self.learner.update(
+            batch, self.optimizer, self.references.in_loss, compares=compares
+        )
+        if self.learner.fp8 is not None:
+            problem = warning(self.learner.fp8, self.config.projection)
+            if problem is not None:
+                self.reporter.message(f"step {step}: {problem}")
         self._count_skipped("rl", step, metrics, self.config.batching.minibatches)
         removes = self.accumulator is not None and not self.config.projection.acts_alone
         looked = removes and not metrics["optimizer/skipped"]

@@ -25,6 +25,18 @@ def in_pool(workers: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def gpu_worker() -> Iterator[WorkerPool]:
+    """One rank on a GPU."""
+    import torch
+
+    if not torch.cuda.device_count():
+        pytest.skip("needs a GPU, and here is none")
+    pool = WorkerPool("cuda")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def gpu_workers() -> Iterator[WorkerPool]:
     """Two ranks on GPUs of their own, over NCCL."""
     import torch

@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proma_megatron.checkpoints.folder import Marker
-from proma_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from proma_megatron.config import (
+    ComputeConfig,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from proma_megatron.jobs import describe
 
 if TYPE_CHECKING:
     from proma_megatron.topology import Topology
 
 # A checkpoint's tensors have the shape that the rest says, whatever computes with them.
-_NOT_SHAPE = {"path", "recompute", "dtype", "vocab_size", "init_std"}
+_NOT_SHAPE = {"path", "vocab_size", "init_std", *ComputeConfig.model_fields}
 
 
 def shape_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:

@@ -66,8 +66,10 @@ def load_policy(
     Raises:
         ConfigError, StorageError: as `load_checkpoint`.
     """
+    # On this machine, whatever it was trained on; and rollouts don't compute in FP8.
+    unbound = {"backend": "auto", "fp8": "none", "fp8_skip_first": 0, "fp8_skip_last": 0}
     policy = build_policy(
-        config.model,
+        config.model.model_copy(update=unbound),
         config.model.vocab_size or vocab_size,
         config.max_sequence_length,
         topology,

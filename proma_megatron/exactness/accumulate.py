@@ -16,7 +16,6 @@ from proma_megatron.projection import diagnostics
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.diagnostics import UnitSums
 from proma_megatron.records import Microbatch, TrainingSequence
-from proma_megatron.topology import Topology
 
 Batch = Sequence[Sequence[TrainingSequence]]
 
@@ -27,20 +26,20 @@ def denominator(batch: Batch) -> float:
 
 
 def replica_share(
-    batch: Batch, replica: int, replicas: int, topology: Topology, total: float
+    batch: Batch, replica: int, replicas: int, policy: Policy, total: float
 ) -> list[Microbatch]:
     """The packed chain of one replica: microbatches ``replica``, ``replica + replicas``, ...
 
     Sequences without loss tokens, whose gradients are 0, are left out. Empty microbatches fill it
     up to at least one, and to what an interleaved schedule takes.
     """
+    topology = policy.topology
     mine = [[s for s in found if s.loss_tokens] for found in batch[replica::replicas]]
     multiple = topology.pipeline.size if topology.virtual_pipeline > 1 else 1
     wanted = max(1, -(-len(mine) // multiple)) * multiple
     mine += [[]] * (wanted - len(mine))
-    padding = topology.tensor.size if topology.sequence_parallel else 1
     return [
-        pack(sequences, index, total, topology.device, padding)
+        pack(sequences, index, total, topology.device, policy.token_multiple)
         for index, sequences in enumerate(mine)
     ]
 
@@ -56,13 +55,7 @@ def accumulate(
     if not projection.active:
         forward_backward(policy, microbatches, REINFORCE)
         return {}
-    accumulator = Accumulator(
-        policy.modules,
-        policy.shards,
-        projection,
-        policy.topology,
-        tied=policy.model.tie_embeddings,
-    )
+    accumulator = Accumulator.of(policy, projection)
     forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
     return diagnostics.gather(accumulator.tally.units(), policy.topology)
 
@@ -91,7 +84,7 @@ def projected_gradients(
     for chain in range(chains):
         replica = topology.data.rank if chains == 1 else chain
         replicas = topology.data.size if chains == 1 else chains
-        microbatches = replica_share(batch, replica, replicas, topology, total)
+        microbatches = replica_share(batch, replica, replicas, policy, total)
         units = diagnostics.merge([units, accumulate(policy, microbatches, projection)])
         progress(f"accumulated {len(microbatches)} microbatches a replica")
         found = gather(

@@ -32,7 +32,7 @@ from proma_megatron.exactness.grads import run_gradients_job
 from proma_megatron.exactness.job import GradientJob
 from proma_megatron.jobs import describe, workers_on
 from proma_megatron.output import working_folder
-from proma_megatron.placement import choose_device
+from proma_megatron.placement import check_backend, choose_device
 from proma_megatron.policy.huggingface import read_model
 from proma_megatron.projection.units import kind_of, layer_of
 from proma_megatron.records import TrainingSequence
@@ -85,7 +85,13 @@ def verify(source: Path, overrides: Sequence[str]) -> bool:
         raise ConfigError("proma verify starts its own workers; run it without torchrun or srun")
     subject = read_subject(source, overrides)
     parallel = subject.config.parallel
+    if subject.model.fp8 != "none":
+        raise ConfigError(
+            f"model.fp8 is '{subject.model.fp8}', whose scales depend on the layout, so that "
+            "layouts differ by more than rounding; verify with model.fp8=none"
+        )
     device = choose_device(subject.config.device, parallel.world_size)
+    check_backend(subject.model, device)
     config = subject.config.model_copy(update={"device": device})
     alone = config.model_copy(update={"parallel": ParallelConfig()})
     with working_folder("verify") as folder:
@@ -147,7 +153,9 @@ def _from_run(run: RunConfig) -> Subject:
     config = GradientsConfig(
         device=run.device,
         seed=run.seed,
-        model=ComputeConfig(dtype=run.model.dtype, recompute=run.model.recompute),
+        model=ComputeConfig.model_validate(
+            {key: getattr(run.model, key) for key in ComputeConfig.model_fields}
+        ),
         parallel=run.parallel,
         projection=run.projection,
         trainer=ProcessConfig(

@@ -10,7 +10,7 @@ backwards, and recompute runs a forward inside a backward.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,36 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import TransformerConfig
 
 
+class Operands(NamedTuple):
+    """The two factors of a linear layer's weight gradient ``dY^T X``."""
+
+    x: torch.Tensor  # (T, in)
+    dy: torch.Tensor  # (T, out)
+
+
 class GradientSink(Protocol):
-    """Receives the factors of weight gradients during backward; T counts all packed tokens."""
+    """Receives the factors of weight gradients during backward; T counts all packed tokens.
+
+    Of layers that compute in FP8 it says what it wants, in forward and in backward.
+    """
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Operands are to be what they were before FP8."""
+        ...
+
+    @property
+    def compares(self) -> bool:
+        """Some microbatch of this step is to be compared in both precisions."""
+        ...
+
+    @property
+    def compares_now(self) -> bool:
+        """That microbatch's backward runs."""
+        ...
+
+    def compare(self, weight: torch.Tensor, high: Operands, low: Operands) -> None:
+        """Operands as they were before FP8, and as FP8 has them; `linear` comes next."""
 
     def linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, dy: torch.Tensor
@@ -60,7 +88,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias, ctx.sink, ctx.tp_group = bias, sink, tp_group
         ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
         if sequence_parallel:
-            x, _ = _gather_sequence(x, tp_group)
+            x, _ = gather_sequence(x, tp_group)
         y = torch.matmul(x, weight.t())
         return y if bias is None else y + bias
 
@@ -71,7 +99,7 @@ class _Linear(torch.autograd.Function):
         gathering = None
         full_x = x
         if ctx.sequence_parallel:
-            full_x, gathering = _gather_sequence(x, ctx.tp_group, async_op=True)
+            full_x, gathering = gather_sequence(x, ctx.tp_group, async_op=True)
         dx = dy.matmul(weight)
         reducing = None
         if ctx.allreduce_dgrad:
@@ -88,10 +116,14 @@ class _Linear(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
-def _gather_sequence(
+def gather_sequence(
     x: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool = False
 ) -> tuple[torch.Tensor, Any]:
-    """(T/tp, ...) -> (T, ...). A fresh buffer: the sink may keep it past this layer's backward."""
+    """(T/tp, ...) -> (T, ...). A fresh buffer: the sink may keep it past this layer's backward.
+
+    Returns:
+        The buffer, and what to wait for if ``async_op``.
+    """
     assert group is not None
     full = x.new_empty((x.shape[0] * dist.get_world_size(group), *x.shape[1:]))
     handle = dist.all_gather_into_tensor(full, x.contiguous(), group=group, async_op=async_op)
@@ -235,4 +267,6 @@ def mark_backward(output: torch.Tensor, begin: Any) -> torch.Tensor:
     return _BackwardMark.apply(output, begin)  # type: ignore[return-value]
 
 
-CAPTURED_LAYERS = (CapturedColumnLinear, CapturedRowLinear, RMSNorm, CapturedEmbedding)
+def captured_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a model that can hand over their gradients, whosever kernels they use."""
+    return [layer for layer in module.modules() if hasattr(layer, "sink")]

@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer import TransformerConfig
 
 from proma_megatron.config import ModelConfig
-from proma_megatron.policy.attention import (
-    CachedSelfAttention,
-    CoreAttention,
-    KeyValueCache,
-    PackedLayout,
-)
-from proma_megatron.policy.layers import (
-    CapturedColumnLinear,
-    CapturedEmbedding,
-    CapturedRowLinear,
-    RMSNorm,
-)
+from proma_megatron.placement import Backend, choose_backend
+from proma_megatron.policy.attention import KeyValueCache, PackedLayout
+from proma_megatron.policy.layers import CapturedColumnLinear, CapturedEmbedding
 from proma_megatron.policy.parameters import initialize, parameter_shards
+from proma_megatron.policy.specs import block_spec
+from proma_megatron.recipes import RECIPES, token_multiple
 from proma_megatron.records import Microbatch
 from proma_megatron.topology import Topology
 
@@ -63,6 +46,10 @@ class Frozen(torch.nn.Module):
         self.module = module.requires_grad_(False)
         self.config = module.config
 
+    def set_is_first_microbatch(self) -> None:
+        """As DDP's: the schedule says so, and FP8 layers quantize their weights anew."""
+        self.module.set_is_first_microbatch()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
@@ -77,8 +64,10 @@ class Policy:
         model: ModelConfig,
         vocab_size: int,
         topology: Topology,
+        backend: Backend = "torch",
     ) -> None:
         self.chunks: list[Any] = list(chunks)
+        self.backend: Backend = backend
         self.config = config
         self.model = model
         self.vocab_size = vocab_size
@@ -95,6 +84,14 @@ class Policy:
         return [chunk.module for chunk in self.chunks]
 
     @property
+    def token_multiple(self) -> int:
+        """What the tokens of a microbatch are padded to a multiple of."""
+        topology = self.topology
+        return token_multiple(
+            self.model.fp8, topology.tensor.size, sequence_parallel=topology.sequence_parallel
+        )
+
+    @property
     def first_token(self) -> int:
         """The token of this rank's first column of the vocabulary."""
         tensor = self.topology.tensor
@@ -107,13 +104,18 @@ class Policy:
 
     @contextlib.contextmanager
     def rollout_mode(self) -> Iterator[None]:
-        """Evaluation without sequence parallelism: a decoding step has one token to shard."""
+        """Evaluation without sequence parallelism: a decoding step has one token to shard.
+
+        And without FP8, whose recipes ask for 16 tokens or more.
+        """
         for module in self.modules:
             module.eval()
         self._set_sequence_parallel(False)
+        fp8, self.config.fp8 = self.config.fp8, None
         try:
             yield
         finally:
+            self.config.fp8 = fp8
             self._set_sequence_parallel(self.topology.sequence_parallel)
             for module in self.modules:
                 module.train()
@@ -148,7 +150,8 @@ def build_policy(
         vocab_size: tokens of the tokenizer; the sharded tables are padded to a multiple of TP.
         max_sequence_length: longest sequence that is trained on or generated.
     """
-    config = transformer_config(model, topology)
+    backend = choose_backend(model, topology.device.type)
+    config = transformer_config(model, topology, backend)
     padded = -(-vocab_size // topology.tensor.size) * topology.tensor.size
     virtual = topology.virtual_pipeline
     chunks = []
@@ -157,7 +160,7 @@ def build_policy(
             vp_stage = stage if virtual > 1 else None
             chunk = PolicyModel(
                 config=config,
-                transformer_layer_spec=_block_spec(config, model, vp_stage),  # type: ignore[arg-type]
+                transformer_layer_spec=block_spec(config, model, vp_stage, backend),  # type: ignore[arg-type]
                 vocab_size=padded,
                 max_sequence_length=max_sequence_length,
                 pre_process=topology.is_first_stage and stage == 0,
@@ -173,7 +176,7 @@ def build_policy(
                 initialize(chunk, model, vocab_size, topology, seed)
             chunks.append(chunk.to(topology.device))
         if frozen:
-            return Policy([Frozen(c) for c in chunks], config, model, vocab_size, topology)
+            return Policy([Frozen(c) for c in chunks], config, model, vocab_size, topology, backend)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=model.dtype == "bfloat16",
             overlap_grad_reduce=False,
@@ -183,12 +186,15 @@ def build_policy(
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
             for i, chunk in enumerate(chunks)
         ]
-    return Policy(wrapped, config, model, vocab_size, topology)
+    return Policy(wrapped, config, model, vocab_size, topology, backend)
 
 
-def transformer_config(model: ModelConfig, topology: Topology) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, topology: Topology, backend: Backend = "torch"
+) -> TransformerConfig:
     """Megatron's configuration of this model in this layout; no fusion that needs a GPU kernel."""
     dtype = DTYPES[model.dtype]
+    skipped = model.fp8_skip_first + model.fp8_skip_last
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden_size,
@@ -221,7 +227,8 @@ def transformer_config(model: ModelConfig, topology: Topology) -> TransformerCon
         recompute_granularity="full" if model.recompute == "full" else None,
         recompute_method="uniform" if model.recompute == "full" else None,
         recompute_num_layers=1 if model.recompute == "full" else None,
-        use_cpu_initialization=True,
+        # In host memory Megatron would make each of TE's weights whole, on every rank.
+        use_cpu_initialization=backend == "torch",
         perform_initialization=False,  # see parameters.initialize
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -234,48 +241,24 @@ def transformer_config(model: ModelConfig, topology: Topology) -> TransformerCon
         overlap_p2p_comm=topology.virtual_pipeline > 1,
         batch_p2p_comm=topology.device.type == "cuda" and topology.virtual_pipeline == 1,
         deallocate_pipeline_outputs=False,  # outputs are views behind the backward mark
+        # E4M3 forward and E5M2 backward; scales of blocks are fine enough for E4M3 in both.
+        fp8=_fp8_format(model),
+        fp8_recipe=RECIPES[model.fp8].megatron if model.fp8 != "none" else "delayed",  # type: ignore[arg-type]
+        first_last_layers_bf16=model.fp8 != "none" and skipped > 0,
+        num_layers_at_start_in_bf16=model.fp8_skip_first,
+        num_layers_at_end_in_bf16=model.fp8_skip_last,
+        # Delayed scaling. Maxima are reduced in every pass, and replicas may make unlike numbers of
+        # them (nonfinite.py); a long history outlives passes over padding alone.
+        tp_only_amax_red=True,
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
     )
 
 
-def _block_spec(
-    config: TransformerConfig, model: ModelConfig, vp_stage: int | None
-) -> TransformerBlockSubmodules:
-    """Megatron's transformer layer out of our linears, norms and attention.
-
-    Norms stay modules of their own: in a fused norm + linear the norm's gradient can't be captured.
-    """
-    norm = RMSNorm if model.qk_norm else None
-    bias_dropout_add: Any = get_bias_dropout_add
-    attention = SelfAttentionSubmodules(
-        linear_qkv=CapturedColumnLinear,
-        core_attention=CoreAttention,
-        linear_proj=CapturedRowLinear,
-        q_layernorm=norm,
-        k_layernorm=norm,
-    )
-    layer = TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
-        self_attention=ModuleSpec(
-            module=CachedSelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
-            submodules=attention,
-        ),
-        self_attn_bda=bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
-        mlp=partial(
-            MLP.as_mlp_submodule,
-            submodules=MLPSubmodules(linear_fc1=CapturedColumnLinear, linear_fc2=CapturedRowLinear),
-        ),
-        mlp_bda=bias_dropout_add,
-        # The names that checkpoints of the fused Transformer Engine layers have.
-        sharded_state_dict_keys_map={
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-        },
-    )
-    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+def _fp8_format(model: ModelConfig) -> Literal["e4m3", "hybrid"] | None:
+    if model.fp8 == "none":
+        return None
+    return "hybrid" if model.fp8 in ("current", "delayed") else "e4m3"
 
 
 def _capture_ends(chunk: Any) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from proma_megatron.config import ProjectionConfig
-from proma_megatron.policy.layers import CAPTURED_LAYERS
+from proma_megatron.policy.layers import Operands, captured_layers
+from proma_megatron.policy.model import Policy
 from proma_megatron.policy.parameters import ParameterShard
 from proma_megatron.projection.choosing import Choice, Rates, agree_on_rates, choose
 from proma_megatron.projection.deflating import Deflating
@@ -35,12 +36,13 @@ from proma_megatron.projection.factors import (
     VectorFactors,
     kept_slices,
 )
-from proma_megatron.projection.gemm import Gemm, TorchGemm
+from proma_megatron.projection.gemm import Gemm, TorchGemm, choose_gemm
 from proma_megatron.projection.preconditioning import Preconditioning
 from proma_megatron.projection.projecting import Projecting
 from proma_megatron.projection.solver import Capture, Updater
 from proma_megatron.projection.tied import TiedEnds
 from proma_megatron.projection.units import units_of
+from proma_megatron.projection.validity import ValidityGate
 from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Microbatch, Sequences
 from proma_megatron.topology import Axis, Topology
@@ -86,6 +88,7 @@ class Accumulator:
         tied: whether embedding and head are one tensor.
         rates: what this machine was measured to do; None: measure it now, if that matters.
         gemm: what forms and adds weight gradients (`choose_gemm`); None: torch's.
+        gate: what compares FP8 operands with those before FP8, if layers compute in it.
 
     Attributes:
         choices: what was done with each weight's sequence gradients the last time, and why.
@@ -104,20 +107,17 @@ class Accumulator:
         tied: bool,
         rates: Rates | None = None,
         gemm: Gemm | None = None,
+        gate: ValidityGate | None = None,
     ) -> None:
         self.config = config
+        self.gate = gate
         self.gemm = gemm or TorchGemm()
         self.topology = topology
         self.shards = {id(shard.parameter): shard for shard in shards}
-        self.layers = [
-            layer
-            for module in modules
-            for layer in module.modules()
-            if isinstance(layer, CAPTURED_LAYERS)
-        ]
+        self.layers = [layer for module in modules for layer in captured_layers(module)]
         # First, as all ranks take part in it: what one rank refuses, others must not wait for.
         self.rates = agree_on_rates(
-            [shard.parameter for shard in self.shards.values()], topology, rates
+            [shard.parameter for shard in self.shards.values()], topology, self.gemm, rates
         )
         self._check_claims()
         # Only a linear weight has the two factors whose subspaces are meant.
@@ -144,6 +144,24 @@ class Accumulator:
         self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seen: dict[int, int] = {}
         self._begun: set[int] = set()  # parameters that something has been added to
+
+    @classmethod
+    def of(
+        cls, policy: Policy, config: ProjectionConfig, *, rates: Rates | None = None
+    ) -> Accumulator:
+        """Of a policy, with what its layers and its device ask for."""
+        device, dtype = policy.topology.device, policy.config.params_dtype
+        gradients = policy.shards[0].parameter.main_grad.dtype  # type: ignore[attr-defined]
+        return cls(
+            policy.modules,
+            policy.shards,
+            config,
+            policy.topology,
+            tied=policy.model.tie_embeddings,
+            rates=rates,
+            gemm=choose_gemm(policy.backend, device, dtype, gradients),
+            gate=ValidityGate(config, dtype) if policy.model.fp8 != "none" else None,
+        )
 
     # ------------------------------------------------------------------ set-up
 
@@ -199,6 +217,26 @@ class Accumulator:
     def tally(self) -> Tally:
         """What the rule's figures said in the step that was begun last."""
         return self.solver.tally
+
+    @property
+    def in_bfloat16(self) -> bool:
+        return self.config.fp8_operands == "bfloat16"
+
+    @property
+    def compares(self) -> bool:
+        return self.gate is not None and self.gate.armed
+
+    @property
+    def compares_now(self) -> bool:
+        return self.gate is not None and self.gate.wants(self._now().microbatch)
+
+    def compare(self, weight: torch.Tensor, high: Operands, low: Operands) -> None:
+        """Both operands of a weight, before its capture changes what has been accumulated."""
+        assert self.gate is not None
+        self._enter(self.shards[id(weight)])  # which frees the workspace
+        accumulated: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
+        microbatch, units = self._now().microbatch, self.units[id(weight)]
+        self.gate.look(microbatch, units, high, low, accumulated, self.workspace)
 
     def enable(self, on: bool) -> None:
         """Route the layers' weight gradients here, or back to Megatron."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from proma_megatron.output import complete_or_absent
+from proma_megatron.projection.gemm import Gemm
 
 if TYPE_CHECKING:
     from proma_megatron.topology import Topology
@@ -37,23 +38,32 @@ _GEMM = (1024, 512, 1024)  # out, T, in
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does in a second, in the accumulation dtype."""
+    """What this machine does in a second, with the GEMM and in the dtypes of a run."""
 
     gemm: float  # floating-point operations of a weight-gradient GEMM
     memory: float  # bytes to or from memory
+    engine: str = "TorchGemm"  # whose GEMM it was
 
     @classmethod
-    def measure(cls, dtype: torch.dtype, device: torch.device) -> Rates:
-        """The best of a few tries; some 100 ms together on two CPU cores."""
+    def measure(
+        cls, dtype: torch.dtype, device: torch.device, gemm: Gemm, operands: torch.dtype
+    ) -> Rates:
+        """The best of a few tries; some 100 ms together on two CPU cores.
+
+        Args:
+            dtype: of ``main_grad``.
+            operands: dtype that layers hand over.
+        """
         rows, tokens, columns = _GEMM
-        x = torch.ones(tokens, columns, dtype=dtype, device=device)
-        dy = torch.ones(tokens, rows, dtype=dtype, device=device)
+        x = gemm.operand(torch.ones(tokens, columns, dtype=operands, device=device), dtype)
+        dy = gemm.operand(torch.ones(tokens, rows, dtype=operands, device=device), dtype)
         weight = torch.zeros(rows, columns, dtype=dtype, device=device)
         source = torch.ones(_COPIED // dtype.itemsize, dtype=dtype, device=device)
         target = torch.empty_like(source)
-        gemm = _seconds(lambda: weight.addmm_(dy.t(), x), device)
+        product = _seconds(lambda: gemm.accumulate(dy, x, weight), device)
         copy = _seconds(lambda: target.copy_(source), device)
-        return cls(2 * rows * tokens * columns / gemm, 2 * _COPIED / copy)
+        operations = 2 * rows * tokens * columns
+        return cls(operations / product, 2 * _COPIED / copy, type(gemm).__name__)
 
     @classmethod
     def read(cls, path: Path) -> Rates | None:
@@ -87,7 +97,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def agree_on_rates(
-    weights: Iterable[torch.Tensor], topology: Topology, known: Rates | None = None
+    weights: Iterable[torch.Tensor], topology: Topology, gemm: Gemm, known: Rates | None = None
 ) -> Rates | None:
     """Those of rank 0, on all ranks, or None where no weight of its is worth it; a collective.
 
@@ -95,16 +105,20 @@ def agree_on_rates(
     measure at the same time: those of one machine share its memory when it counts, too.
 
     Args:
-        weights: this rank's, with ``main_grad``.
-        known: what was measured before, in the same run; of rank 0.
+        weights: this rank's, with ``main_grad``; all of one dtype.
+        gemm: what forms and adds their gradients.
+        known: what was measured before, in the same run; of rank 0. With another engine it
+            counts for nothing.
     """
-    grads: list[torch.Tensor] = [weight.main_grad for weight in weights]  # type: ignore[attr-defined]
-    largest = max(grads, key=lambda grad: grad.nbytes, default=None)
+    largest = max(weights, key=lambda weight: weight.numel(), default=None)
     (known,) = topology.from_rank_0([known])
-    if known is not None:
+    if known is not None and known.engine == type(gemm).__name__:
         return known
-    if largest is not None and largest.nbytes >= SMALL_BYTES:
-        known = Rates.measure(largest.dtype, largest.device)
+    known = None
+    if largest is not None:
+        grad: torch.Tensor = largest.main_grad  # type: ignore[attr-defined]
+        if grad.nbytes >= SMALL_BYTES:
+            known = Rates.measure(grad.dtype, grad.device, gemm, largest.dtype)
     (known,) = topology.from_rank_0([known])
     return known
 

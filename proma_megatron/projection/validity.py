@@ -46,7 +46,7 @@ from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Microbatch, Sequences
 from proma_megatron.topology import Axis, Topology
 
-Operands = tuple[torch.Tensor, torch.Tensor]  # X (T, in) and dY (T, out), in any precision
+Pair = tuple[torch.Tensor, torch.Tensor]  # `layers.Operands`: X (T, in) and dY (T, out)
 
 # --------------------------------------------------------------------------- figures
 
@@ -220,8 +220,8 @@ class ValidityGate:
         self,
         microbatch: Microbatch,
         units: Sequence[Unit],
-        operands: Operands,
-        fp8: Operands,
+        operands: Pair,
+        fp8: Pair,
         accumulated: torch.Tensor,
         workspace: Workspace,
     ) -> None:
@@ -348,8 +348,8 @@ def _ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _products(
-    operands: Operands,
-    fp8: Operands,
+    operands: Pair,
+    fp8: Pair,
     accumulated: torch.Tensor,
     units: Sequence[Rows],
     sequences: Sequences,
@@ -379,7 +379,7 @@ def _products(
     return list(sums)
 
 
-def _fill(out: torch.Tensor, operands: Operands, low: int, high: int, sequences: Sequences) -> None:
+def _fill(out: torch.Tensor, operands: Pair, low: int, high: int, sequences: Sequences) -> None:
     """Rows ``low`` to ``high`` of G (k, out, in); a sequence at a time is widened to its dtype."""
     x, dy = operands
     for gradient, (start, stop) in zip(out, pairwise(sequences.offsets), strict=True):

@@ -13,6 +13,7 @@ from proma_megatron.projection import gemm as gemm_module
 from proma_megatron.projection.choosing import SMALL_BYTES, Choice, Rates, choose, describe
 from proma_megatron.projection.contraction import Rows
 from proma_megatron.projection.factors import Factors, LinearFactors, Lookup, LookupFactors
+from proma_megatron.projection.gemm import TorchGemm
 from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Sequences
 
@@ -194,7 +195,7 @@ def test_rates_outlive_a_process(tmp_path: Path) -> None:
 
 
 def test_rates_are_those_of_a_machine() -> None:
-    found = Rates.measure(torch.float32, CPU)
+    found = Rates.measure(torch.float32, CPU, TorchGemm(), torch.float32)
     assert 1e8 < found.gemm < 1e15
     assert 1e8 < found.memory < 1e14
 

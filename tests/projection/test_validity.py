@@ -20,7 +20,7 @@ from proma_megatron.projection.contraction import Rows
 from proma_megatron.projection.validity import (
     Difference,
     Figures,
-    Operands,
+    Pair,
     ValidityGate,
     warning,
 )
@@ -233,7 +233,7 @@ def test_blocks_give_what_the_whole_gives_in_little_memory() -> None:
 def test_tokens_of_no_sequence_and_what_is_not_projected_count_nowhere() -> None:
     given, total = case(), sum(LENGTHS)
 
-    def spoiled(operands: Operands) -> Operands:
+    def spoiled(operands: Pair) -> Pair:
         x, dy = (part.clone() for part in operands)
         x[total:], dy[total:] = torch.nan, torch.inf
         return x, dy
@@ -395,7 +395,7 @@ def test_fp8_rounding_is_seen_and_is_small(rule: str) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths, out, width = (40, 50, 60, 30), 64, 64
 
-    def operands() -> Operands:
+    def operands() -> Pair:
         tokens = 184
         return (
             normal(generator, tokens, width).bfloat16(),

@@ -323,10 +323,4 @@ def _policy(config: RunConfig, vocab_size: int, topology: Topology) -> Policy:
 def _accumulator(config: RunConfig, policy: Policy) -> Accumulator | None:
     if not config.projects:
         return None
-    return Accumulator(
-        policy.modules,
-        policy.shards,
-        config.projection,
-        policy.topology,
-        tied=config.model.tie_embeddings,
-    )
+    return Accumulator.of(policy, config.projection)

@@ -63,7 +63,7 @@ def _step(policy: Policy, optimizer: Optimizer, seed: int) -> None:
     topology = policy.topology
     batch = random_batch(seed, [2, 2, 2, 2])
     mine = batch[topology.data.rank :: topology.data.size]
-    multiple = topology.tensor.size if topology.sequence_parallel else 1
+    multiple = policy.token_multiple
     microbatches = [
         pack(sequences, index, 40.0, topology.device, multiple)
         for index, sequences in enumerate(mine)

@@ -148,7 +148,7 @@ def _accumulated(
         tied=policy.model.tie_embeddings,
         gemm=gemm,
     )
-    microbatches = replica_share(batch, 0, 1, policy.topology, denominator(batch))
+    microbatches = replica_share(batch, 0, 1, policy, denominator(batch))
     forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
     return {
         shard.name: shard.parameter.main_grad.clone()  # type: ignore[attr-defined]

@@ -169,7 +169,7 @@ def _microbatches(
         mask = (0,) * len(prompt) + (1,) * len(completion.tokens)
         sequences.append(TrainingSequence(tokens, mask, 0.0, (0.0,) * len(tokens)))
     topology = policy.topology
-    multiple = topology.tensor.size if topology.sequence_parallel else 1
+    multiple = policy.token_multiple
     starts = range(0, len(sequences), 2)
     assert len(starts) % 2 == 0
     return [

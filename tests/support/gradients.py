@@ -136,10 +136,9 @@ def captured_gradients(
     ``padding`` fills microbatches up to a multiple of so many tokens.
     """
     with _policy(device, model, parallel) as policy:
-        topology = policy.topology
         accumulator = _accumulator(policy, projection)
         total = denominator(batch)
-        microbatches = replica_share(batch, 0, 1, topology, total)
+        microbatches = replica_share(batch, 0, 1, policy, total)
         if padding is not None:
             microbatches = [
                 pack(sequences, index, total, device, padding)
@@ -150,13 +149,7 @@ def captured_gradients(
 
 
 def _accumulator(policy: Policy, projection: ProjectionConfig) -> Accumulator:
-    return Accumulator(
-        policy.modules,
-        policy.shards,
-        projection,
-        policy.topology,
-        tied=policy.model.tie_embeddings,
-    )
+    return Accumulator.of(policy, projection)
 
 
 def _main_grads(policy: Policy) -> dict[str, torch.Tensor]:
@@ -195,7 +188,7 @@ def plain_gradients(
         topology = policy.topology
         (chunk,) = policy.chunks
         with topology.megatron_calls():
-            for microbatch in replica_share(batch, 0, 1, topology, denominator(batch)):
+            for microbatch in replica_share(batch, 0, 1, policy, denominator(batch)):
                 logits = policy.forward_packed(chunk, microbatch)[0]
                 logprobs, entropy = vocab_parallel_logprobs(
                     logits, microbatch.labels, VOCAB, topology
@@ -229,7 +222,6 @@ def gradients_after_a_broken_step(
     That step's microbatches are this one's in another order.
     """
     with _policy(device, model, parallel) as policy:
-        topology = policy.topology
         accumulator = _accumulator(policy, projection)
         total = denominator(batch)
         take, projected = accumulator.solver.take, 0
@@ -243,13 +235,13 @@ def gradients_after_a_broken_step(
 
         accumulator.solver.take = breaking
         with contextlib.suppress(ArithmeticError):
-            earlier = replica_share(batch[::-1], 0, 1, topology, total)
+            earlier = replica_share(batch[::-1], 0, 1, policy, total)
             forward_backward(policy, earlier, UNIT, accumulator=accumulator)
         assert projected == 13
         assert accumulator._pending
         assert accumulator._late
         accumulator.solver.take = take
-        microbatches = replica_share(batch, 0, 1, topology, total)
+        microbatches = replica_share(batch, 0, 1, policy, total)
         forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
         return _main_grads(policy)
 

@@ -71,13 +71,7 @@ def minibatch_gradients(
             config = learning(model, parallel, tree)
             accumulator = None
             if config.projects:
-                accumulator = Accumulator(
-                    policy.modules,
-                    policy.shards,
-                    config.projection,
-                    topology,
-                    tied=model.tie_embeddings,
-                )
+                accumulator = Accumulator.of(policy, config.projection)
             learner = Learner(config, policy, accumulator)
             sums = learner.gradients(sequences, config.loss.kl.coefficient)
             found.append((gathered(policy, "gradient"), sums))

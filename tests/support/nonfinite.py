@@ -102,9 +102,7 @@ def _build(
     )
     accumulator = None
     if config.projects:
-        accumulator = Accumulator(
-            policy.modules, policy.shards, config.projection, topology, tied=model.tie_embeddings
-        )
+        accumulator = Accumulator.of(policy, config.projection)
     return Learner(config, policy, accumulator), Optimizer(policy, config.optimizer, 10)
 
 

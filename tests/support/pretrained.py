@@ -74,7 +74,7 @@ def _microbatch(policy: Policy, sequences: Sequence[list[int]]) -> Microbatch:
         TrainingSequence(tuple(ids), (0,) + (1,) * (len(ids) - 1), 1.0, (0.0,) * len(ids))
         for ids in sequences
     ]
-    multiple = topology.tensor.size if topology.sequence_parallel else 1
+    multiple = policy.token_multiple
     return pack(items, 0, 1.0, topology.device, multiple)
 
 

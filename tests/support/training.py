@@ -110,7 +110,7 @@ def optimizer_steps(
 def _of_this_replica(batch: Batch, policy: Policy) -> list[Microbatch]:
     topology = policy.topology
     denominator = float(loss_tokens([sequence for part in batch for sequence in part]))
-    multiple = topology.tensor.size if topology.sequence_parallel else 1
+    multiple = policy.token_multiple
     mine = batch[topology.data.rank :: topology.data.size]
     return [
         pack(sequences, index, denominator, topology.device, multiple)

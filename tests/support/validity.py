@@ -14,7 +14,7 @@ from proma_megatron.config import ParallelConfig, ProjectionConfig
 from proma_megatron.policy.parameters import ParameterShard, Reduction
 from proma_megatron.projection.contraction import Rows
 from proma_megatron.projection.units import Unit
-from proma_megatron.projection.validity import Figures, Operands, ValidityGate
+from proma_megatron.projection.validity import Figures, Pair, ValidityGate
 from proma_megatron.projection.workspace import Workspace
 from proma_megatron.records import Microbatch, TrainingSequence
 from proma_megatron.topology import Axis, Topology, layout
@@ -27,8 +27,8 @@ class Weight:
     """A linear weight, or a tensor rank's part of it, at one microbatch."""
 
     units: dict[str, Rows]
-    operands: Operands
-    fp8: Operands
+    operands: Pair
+    fp8: Pair
     accumulated: torch.Tensor  # A (out, in) before the microbatch
     axis: int = 0  # that tensor ranks cut
     reduction: Reduction = Reduction.DISJOINT
@@ -40,7 +40,7 @@ class Weight:
         length = self.accumulated.shape[self.axis] // size
         low, high = rank * length, (rank + 1) * length
 
-        def cut(operands: Operands) -> Operands:
+        def cut(operands: Pair) -> Pair:
             x, dy = operands
             return (x, dy[:, low:high]) if self.axis == 0 else (x[:, low:high], dy)
 
@@ -87,7 +87,7 @@ class Case:
     def microbatch(self, index: int = 0) -> Microbatch:
         return packed(self.lengths, index, self.advantages.tolist())
 
-    def gradients(self, operands: Operands, rows: Rows) -> torch.Tensor:
+    def gradients(self, operands: Pair, rows: Rows) -> torch.Tensor:
         """G (d, k) of a unit, whole."""
         x, dy = operands
         wanted = [row for start, stop in rows for row in range(start, stop)]

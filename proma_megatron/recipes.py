@@ -1,0 +1,60 @@
+"""FP8 recipes: what Megatron calls them, and what they ask of GPUs and shapes.
+
+Sources of the figures: Transformer Engine 2.20 (`utils.assert_dim_for_fp8_exec`,
+`Float8BlockQuantizer`, `MXFP8Quantizer`, `quantization.check_*_support`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Recipe = Literal["current", "delayed", "blockwise", "mxfp8"]
+
+
+@dataclass(frozen=True)
+class RecipeRules:
+    """What a recipe asks for.
+
+    Attributes:
+        megatron: its name in ``TransformerConfig.fp8_recipe``.
+        alignment: what the tokens of a microbatch, and both dimensions of a weight on a rank, are
+            multiples of.
+        least: compute capability of the first GPUs that have it.
+        below: of the first that don't any more.
+        cuda: least version that torch is built for.
+    """
+
+    megatron: str
+    alignment: int
+    least: tuple[int, int]
+    below: tuple[int, int] | None = None
+    cuda: tuple[int, int] = (12, 1)
+
+    def refusal(self, capability: tuple[int, int], cuda: tuple[int, int]) -> str | None:
+        """What it needs that a GPU or its torch has not; None where all is there."""
+        needs = f"compute capability {self.least[0]}.{self.least[1]} or more"
+        if self.below is not None:
+            needs += f", below {self.below[0]}.{self.below[1]}"
+        if capability < self.least or (self.below is not None and capability >= self.below):
+            return f"{needs}; this GPU has {capability[0]}.{capability[1]}"
+        if cuda < self.cuda:
+            return f"CUDA {self.cuda[0]}.{self.cuda[1]} or later; torch has {cuda[0]}.{cuda[1]}"
+        return None
+
+
+RECIPES: dict[Recipe, RecipeRules] = {
+    "current": RecipeRules("tensorwise", 16, (8, 9)),
+    "delayed": RecipeRules("delayed", 16, (8, 9)),
+    "blockwise": RecipeRules("blockwise", 128, (9, 0), cuda=(12, 9)),
+    "mxfp8": RecipeRules("mxfp8", 32, (10, 0), below=(12, 0)),
+}
+
+
+def token_multiple(fp8: str, tensor: int, *, sequence_parallel: bool) -> int:
+    """What a microbatch's tokens are padded to a multiple of.
+
+    Under sequence parallelism each rank's share of the tokens is quantized by itself.
+    """
+    alignment = 1 if fp8 == "none" else RECIPES[fp8].alignment  # type: ignore[index]
+    return alignment * (tensor if sequence_parallel else 1)
