@@ -108,6 +108,36 @@ def plan(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a run; default: any in bfloat16.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes such as device=cuda.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of the run on this node; default: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Try what this machine has (GPUs, NCCL, torch, Megatron-Core, Transformer Engine, Apex,
+    NeMo-Run), say what a run would use and what is wrong. Exits with 1 if something is."""
+    from rich.console import Console
+
+    from proma_megatron.doctor.command import diagnose, show
+
+    checked = None if config is None else load_config(config, overrides or [])
+    with Console(stderr=True).status("trying every part, each in a process of its own"):
+        found = diagnose(checked, gpus_per_node)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, Console(), checked.name if checked else "")
+    if found.wrong:
+        sys.exit(1)
+
+
+@app.command()
 def grads(
     hf: Annotated[Path, typer.Option(help="Hugging Face directory of a dense Qwen model.")],
     batch: Annotated[Path, typer.Option(help="JSONL, one sequence a line; see the README.")],
