@@ -33,6 +33,12 @@ class CostJob(Section):
     out: Path  # results; what it holds is kept
 
 
+def let_ranks_import() -> None:
+    """Processes that are started from here find this package."""
+    search = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, search))
+
+
 def run_settings(settings: Sequence[Setting], effort: Effort, out: Path, device: str) -> None:
     """Measure settings, each tensor-parallel size in a process group of its own.
 
@@ -40,9 +46,7 @@ def run_settings(settings: Sequence[Setting], effort: Effort, out: Path, device:
         ConfigError: there are too few GPUs for a layout.
         WorkerError: a rank failed.
     """
-    # The ranks import this package.
-    search = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, search))
+    let_ranks_import()
     for tensor in sorted({setting.tensor for setting in settings}):
         threads = max(1, len(os.sched_getaffinity(0)) // tensor)
         os.environ["OMP_NUM_THREADS"] = str(threads)

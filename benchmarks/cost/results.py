@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from benchmarks.cost.settings import Setting
-from proma_megatron.config import ConfigError
+from proma_megatron.config import ConfigError, Section
 from proma_megatron.output import complete_or_absent
 
 Row = dict[str, Any]
@@ -21,13 +21,15 @@ def setting_of(row: Row) -> Setting:
 class Results:
     """A JSON document with ``rows``, one a setting, and ``notes`` about all of them."""
 
+    kind: ClassVar[type[Section]] = Setting
+
     def __init__(self, path: Path, rows: Sequence[Row] = (), notes: Row | None = None) -> None:
         self.path = path
         self.rows = list(rows)
         self.notes = notes or {}
 
     @classmethod
-    def read(cls, path: Path) -> Results:
+    def read(cls, path: Path) -> Self:
         """
         Raises:
             ConfigError: the file is missing, or no such document.
@@ -42,7 +44,7 @@ class Results:
             ) from None
 
     @classmethod
-    def begin(cls, path: Path, *, resume: bool) -> Results:
+    def begin(cls, path: Path, *, resume: bool) -> Self:
         """The file that is there, to go on with, or an empty one in its place.
 
         Raises:
@@ -52,15 +54,18 @@ class Results:
         results.write()
         return results
 
-    def row(self, setting: Setting) -> Row | None:
-        return next((row for row in self.rows if setting_of(row) == setting), None)
+    def setting(self, row: Row) -> Section:
+        return self.kind.model_validate({key: row[key] for key in self.kind.model_fields})
 
-    def missing(self, settings: Sequence[Setting]) -> list[Setting]:
+    def row(self, setting: Section) -> Row | None:
+        return next((row for row in self.rows if self.setting(row) == setting), None)
+
+    def missing[Kind: Section](self, settings: Sequence[Kind]) -> list[Kind]:
         return [setting for setting in settings if self.row(setting) is None]
 
     def add(self, row: Row) -> None:
         """A row in place of an earlier one of its setting; the file is complete at any time."""
-        kept = [found for found in self.rows if setting_of(found) != setting_of(row)]
+        kept = [found for found in self.rows if self.setting(found) != self.setting(row)]
         self.rows = [*kept, row]
         self.write()
 

@@ -36,8 +36,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     def place(row: Row) -> tuple[int, ...]:
         return row["tensor"], row["tied"], row["tokens"], row["sequences"]
 
-    lines = [_line(HEAD), "|---" * len(HEAD) + "|"]
-    return lines + [_line(_cells(row)) for row in sorted(rows, key=place)]
+    lines = [cells_line(HEAD), "|---" * len(HEAD) + "|"]
+    return lines + [cells_line(_cells(row)) for row in sorted(rows, key=place)]
 
 
 def _cells(row: Row) -> list[str]:
@@ -68,7 +68,7 @@ def _mebibytes(row: Row, way: str) -> str:
     return f"{(peaks[way] - peaks['plain']) / 2**20:.0f}" if way in peaks else "-"
 
 
-def _line(cells: Sequence[str]) -> str:
+def cells_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

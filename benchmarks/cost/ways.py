@@ -26,23 +26,44 @@ Step = Callable[[Sequence[Microbatch]], object]
 
 
 def batch(setting: Setting, topology: Topology) -> list[Microbatch]:
-    """The microbatches of a step: equal lengths, a first quarter of prompt, random tokens."""
-    draw = random.Random(setting.tokens * 1000 + setting.sequences)
+    """The microbatches of a step."""
+    return drawn(
+        setting.tokens,
+        setting.sequences,
+        setting.microbatches,
+        setting.shape.vocabulary,
+        topology.device,
+    )
+
+
+def drawn(
+    tokens: int,
+    sequences: int,
+    microbatches: int,
+    vocabulary: int,
+    device: torch.device,
+    multiple: int = 1,
+) -> list[Microbatch]:
+    """Equal lengths, a first quarter of prompt, random tokens.
+
+    Args:
+        multiple: of which microbatches have tokens, padded.
+    """
+    draw = random.Random(tokens * 1000 + sequences)
 
     def sequence() -> TrainingSequence:
-        length = setting.tokens
         return TrainingSequence(
-            tokens=tuple(draw.choices(range(setting.shape.vocabulary), k=length)),
-            loss_mask=tuple(int(at >= length // 4) for at in range(length)),
+            tokens=tuple(draw.choices(range(vocabulary), k=tokens)),
+            loss_mask=tuple(int(at >= tokens // 4) for at in range(tokens)),
             advantage=draw.gauss(0, 1),
-            old_logprobs=(0.0,) * length,
+            old_logprobs=(0.0,) * tokens,
         )
 
-    drawn = [[sequence() for _ in range(setting.sequences)] for _ in range(setting.microbatches)]
-    total = float(loss_tokens([found for microbatch in drawn for found in microbatch]))
-    packed = [pack(found, m, total, topology.device) for m, found in enumerate(drawn)]
+    found = [[sequence() for _ in range(sequences)] for _ in range(microbatches)]
+    total = float(loss_tokens([one for microbatch in found for one in microbatch]))
+    packed = [pack(some, m, total, device, multiple) for m, some in enumerate(found)]
     for microbatch in packed:
-        assert microbatch.sequences.count == setting.sequences  # made once, not while it is timed
+        assert microbatch.sequences.count == sequences  # made once, not while it is timed
     return packed
 
 
@@ -53,13 +74,7 @@ def plain(policy: Policy) -> Step:
 
 def proma(policy: Policy, config: ProjectionConfig) -> Step:
     """Ours; one accumulator for all steps, as in training."""
-    accumulator = Accumulator(
-        policy.modules,
-        policy.shards,
-        config,
-        policy.topology,
-        tied=policy.model.tie_embeddings,
-    )
+    accumulator = Accumulator.of(policy, config)
     return lambda microbatches: forward_backward(
         policy, microbatches, UNIT, accumulator=accumulator
     )
