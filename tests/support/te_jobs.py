@@ -271,7 +271,6 @@ def products(
     """What each GEMM of TE's reads in a pass whose weight gradients a sink takes over."""
     from support import te_kernels
 
-    _forget_scales()
     with _policy(device, model, ParallelConfig()) as policy:
         layers = [layer for module in policy.modules for layer in captured_layers(module)]
         microbatches = replica_share(batch, 0, 1, policy, denominator(batch))
@@ -283,14 +282,12 @@ def products(
 
 def unlike_passes(device: torch.device, model: ModelConfig, batch: Batch) -> int:
     """As many passes as this replica's number says, without a reduction at their end."""
-    _forget_scales()
     with _policy(device, model, ParallelConfig(data=2)) as policy:
         microbatches = replica_share(batch, 0, 1, policy, denominator(batch))
         passes = policy.topology.data.rank + 1
         for _ in range(passes):
             forward_backward(policy, microbatches, UNIT, reduce=False)
         torch.distributed.barrier()
-    _forget_scales()
     return passes
 
 
@@ -321,7 +318,6 @@ def capture_check(device: torch.device, fp8: str) -> tuple[str, str]:
     from proma_megatron.learner import Learner
     from proma_megatron.projection.accumulator import Accumulator
 
-    _forget_scales()
     model = WIDE.model_copy(update={"fp8": fp8})
     operands = "fp8" if fp8 == "delayed" else "bfloat16"
     config = RunConfig.model_validate(
@@ -343,5 +339,4 @@ def capture_check(device: torch.device, fp8: str) -> tuple[str, str]:
                 gradients = [shard.parameter.main_grad for shard in policy.shards]  # type: ignore[attr-defined]
                 assert not any(bool(gradient.any()) for gradient in gradients)
                 said.append("every weight arrives")
-    _forget_scales()
     return said[0], said[1]
