@@ -57,6 +57,11 @@ class ComputeConfig(Section):
     fp8_skip_first: NonNegativeInt = 0  # layers at the start that stay in bfloat16
     fp8_skip_last: NonNegativeInt = 0  # and at the end
 
+    @property
+    def fp8_skipped(self) -> int:
+        """Layers that stay in bfloat16 with a recipe."""
+        return self.fp8_skip_first + self.fp8_skip_last
+
 
 class ModelConfig(ComputeConfig):
     """A Qwen3- or Qwen2-shaped decoder.

@@ -81,11 +81,10 @@ def precision_problems(
             "are used in bfloat16; use model.dtype=bfloat16, or model.backend=torch"
         )
     if model.fp8 == "none":
-        skipped = model.fp8_skip_first + model.fp8_skip_last
-        if skipped:
+        if model.fp8_skipped:
             yield (
-                f"model.fp8_skip_first + model.fp8_skip_last is {skipped} with model.fp8=none; "
-                "choose a recipe, or leave them at 0"
+                f"model.fp8_skip_first + model.fp8_skip_last is {model.fp8_skipped} with "
+                "model.fp8=none; choose a recipe, or leave them at 0"
             )
         if projection.fp8_operands == "fp8":
             yield (
@@ -103,7 +102,7 @@ def precision_problems(
             f"model.fp8 is '{model.fp8}' with model.backend=torch, which has no FP8 layers; use "
             "model.backend=transformer_engine or auto, or model.fp8=none"
         )
-    if model.fp8 == "delayed" and model.fp8_skip_first + model.fp8_skip_last:
+    if model.fp8 == "delayed" and model.fp8_skipped:
         yield (
             "model.fp8 is 'delayed' with layers that stay in bfloat16 (model.fp8_skip_first, "
             "model.fp8_skip_last), which Megatron-Core refuses; set both to 0, or use "
@@ -144,11 +143,10 @@ def fp8_shape_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator
                 f"{key} is {skipped}, expected at most the {stage} layers of a pipeline stage; "
                 f"use {stage} or fewer, or a smaller parallel.pipeline"
             )
-    if model.fp8_skip_first + model.fp8_skip_last >= model.layers:
+    if model.fp8_skipped >= model.layers:
         yield (
-            f"model.fp8_skip_first + model.fp8_skip_last is "
-            f"{model.fp8_skip_first + model.fp8_skip_last} of {model.layers} layers, so that none "
-            "computes in FP8; lower them, or use model.fp8=none"
+            f"model.fp8_skip_first + model.fp8_skip_last is {model.fp8_skipped} of {model.layers} "
+            "layers, so that none computes in FP8; lower them, or use model.fp8=none"
         )
 
 

@@ -18,6 +18,8 @@ class RecipeRules:
 
     Attributes:
         megatron: its name in ``TransformerConfig.fp8_recipe``.
+        format: E4M3 forward with E5M2 backward (hybrid); scales of blocks are fine enough for E4M3
+            in both.
         alignment: what the tokens of a microbatch, and both dimensions of a weight on a rank, are
             multiples of.
         least: compute capability of the first GPUs that have it.
@@ -25,7 +27,8 @@ class RecipeRules:
         cuda: least version that torch is built for.
     """
 
-    megatron: str
+    megatron: Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+    format: Literal["hybrid", "e4m3"]
     alignment: int
     least: tuple[int, int]
     below: tuple[int, int] | None = None
@@ -44,10 +47,10 @@ class RecipeRules:
 
 
 RECIPES: dict[Recipe, RecipeRules] = {
-    "current": RecipeRules("tensorwise", 16, (8, 9)),
-    "delayed": RecipeRules("delayed", 16, (8, 9)),
-    "blockwise": RecipeRules("blockwise", 128, (9, 0), cuda=(12, 9)),
-    "mxfp8": RecipeRules("mxfp8", 32, (10, 0), below=(12, 0)),
+    "current": RecipeRules("tensorwise", "hybrid", 16, (8, 9)),
+    "delayed": RecipeRules("delayed", "hybrid", 16, (8, 9)),
+    "blockwise": RecipeRules("blockwise", "e4m3", 128, (9, 0), cuda=(12, 9)),
+    "mxfp8": RecipeRules("mxfp8", "e4m3", 32, (10, 0), below=(12, 0)),
 }
 
 

@@ -32,7 +32,7 @@ from proma_megatron.exactness.grads import run_gradients_job
 from proma_megatron.exactness.job import GradientJob
 from proma_megatron.jobs import describe, workers_on
 from proma_megatron.output import working_folder
-from proma_megatron.placement import check_backend, choose_device
+from proma_megatron.placement import choose_device
 from proma_megatron.policy.huggingface import read_model
 from proma_megatron.projection.units import kind_of, layer_of
 from proma_megatron.records import TrainingSequence
@@ -91,7 +91,6 @@ def verify(source: Path, overrides: Sequence[str]) -> bool:
             "layouts differ by more than rounding; verify with model.fp8=none"
         )
     device = choose_device(subject.config.device, parallel.world_size)
-    check_backend(subject.model, device)
     config = subject.config.model_copy(update={"device": device})
     alone = config.model_copy(update={"parallel": ParallelConfig()})
     with working_folder("verify") as folder:

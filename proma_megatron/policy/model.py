@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +45,6 @@ class Frozen(torch.nn.Module):
         super().__init__()
         self.module = module.requires_grad_(False)
         self.config = module.config
-
-    def set_is_first_microbatch(self) -> None:
-        """As DDP's: the schedule says so, and FP8 layers quantize their weights anew."""
-        self.module.set_is_first_microbatch()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -194,7 +190,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of this model in this layout; no fusion that needs a GPU kernel."""
     dtype = DTYPES[model.dtype]
-    skipped = model.fp8_skip_first + model.fp8_skip_last
+    rules = RECIPES[model.fp8] if model.fp8 != "none" else None
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden_size,
@@ -241,10 +237,9 @@ def transformer_config(
         overlap_p2p_comm=topology.virtual_pipeline > 1,
         batch_p2p_comm=topology.device.type == "cuda" and topology.virtual_pipeline == 1,
         deallocate_pipeline_outputs=False,  # outputs are views behind the backward mark
-        # E4M3 forward and E5M2 backward; scales of blocks are fine enough for E4M3 in both.
-        fp8=_fp8_format(model),
-        fp8_recipe=RECIPES[model.fp8].megatron if model.fp8 != "none" else "delayed",  # type: ignore[arg-type]
-        first_last_layers_bf16=model.fp8 != "none" and skipped > 0,
+        fp8=rules.format if rules is not None else None,
+        fp8_recipe=rules.megatron if rules is not None else "delayed",  # Megatron's default
+        first_last_layers_bf16=rules is not None and model.fp8_skipped > 0,
         num_layers_at_start_in_bf16=model.fp8_skip_first,
         num_layers_at_end_in_bf16=model.fp8_skip_last,
         # Delayed scaling. Maxima are reduced in every pass, and replicas may make unlike numbers of
@@ -253,12 +248,6 @@ def transformer_config(
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
     )
-
-
-def _fp8_format(model: ModelConfig) -> Literal["e4m3", "hybrid"] | None:
-    if model.fp8 == "none":
-        return None
-    return "hybrid" if model.fp8 in ("current", "delayed") else "e4m3"
 
 
 def _capture_ends(chunk: Any) -> None:

@@ -113,7 +113,7 @@ class CapturedTELinear:
     def _get_quantizers(self, *args: Any) -> Any:
         found = super()._get_quantizers(*args)  # type: ignore[misc]
         if self._calling is not None:
-            self._calling.scales = [_scale(found[0])]
+            self._calling.x_scale = _scale(found[0])
         if self.captures and not self._frozen:
             # For a GEMM scales would be reordered, and nothing reads such operands back.
             for quantizer in found:
@@ -150,7 +150,7 @@ class CapturedTELinear:
         self._tapped = None
         trained = call.trained or originals
         if self.sink.compares_now:
-            low = call.trained or self._quantized(originals, *call.scales)
+            low = call.trained or self._quantized(originals, call.x_scale, call.dy_scale)
             self.sink.compare(self.weight, originals, low)
         self.hand_over(trained)
 
@@ -186,7 +186,8 @@ class _Call:
     def __init__(self, layer: CapturedTELinear, x: torch.Tensor) -> None:
         self.layer = layer
         self.trained: Operands | None = None  # what TE has handed over, if it has
-        self.scales: list[torch.Tensor | None] = []  # of X and dY
+        self.x_scale: torch.Tensor | None = None  # where a recipe remembers it
+        self.dy_scale: torch.Tensor | None = None
         self._x: torch.Tensor | None = x
         self._dy: torch.Tensor | None = None
         self._gathering: Any = None
@@ -204,7 +205,7 @@ class _Call:
         elif layer.sequence_parallel:
             dy, self._gathering = gather_sequence(dy, layer.tp_group, async_op=True)
         self._x, self._dy = x, dy
-        self.scales.append(_scale(layer.gradient_quantizer))
+        self.dy_scale = _scale(layer.gradient_quantizer)
         layer.begin(self)
 
     def finish(self) -> None:
