@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,11 +87,27 @@ def unasked_children() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)  # children inherit the mask
     try:
         # Else it starts with whoever needs it first. It leaves SIGTERM unblocked behind itself.
-        resource_tracker.ensure_running()
+        with _silent_cleanup():
+            resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _silent_cleanup() -> Iterator[None]:
+    """A resource tracker that is started within it cleans up without a warning.
+
+    A rank that failed ends at once and leaves its semaphores to the tracker. What that says of them
+    would stand beside the error, or below it, where the one sentence is looked for.
+    """
+    options = sys.warnoptions  # which multiprocessing hands to what it starts
+    options.append("ignore:resource_tracker:UserWarning")
+    try:
+        yield
+    finally:
+        options.pop()
 
 
 class StopSignals:

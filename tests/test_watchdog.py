@@ -167,6 +167,7 @@ def test_a_reward_that_hangs_ends_the_run_with_its_line_named(tmp_path: Path) ->
     done = proma("train", "config.yaml", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     ended = time.time()
     assert done.returncode == 1, done.stderr
+    assert "resource_tracker" not in done.stderr  # cleans up what the ranks left, and is silent
     run = tmp_path / "runs" / "hangs"
     said = done.stderr.splitlines()[-1]
     assert "in phase score of step 1, more than trainer.phase_minutes.score=0.05" in said
