@@ -12,6 +12,7 @@ from proma_megatron.checkpoints.compatibility import (
     layout_of,
     optimizer_of,
     shape_of,
+    why_no_scaling,
 )
 from proma_megatron.checkpoints.folder import (
     BEST,
@@ -107,7 +108,7 @@ class Keeper:
         lagged = self.lagged if position.lagged else None
         # Before its first update Adam has no state.
         updated = optimizer is not None and optimizer.updates > 0
-        contents = Contents(self.policy, optimizer if updated else None, lagged, random=True)
+        contents = self._contents(optimizer if updated else None, lagged)
         marker = Marker(
             phase=position.phase,
             step=position.step,
@@ -180,6 +181,10 @@ class Keeper:
         assert found is not None, "prepare_run_dir refuses to resume without a checkpoint"
         return found
 
+    def _contents(self, optimizer: Optimizer | None, lagged: RunningMean | None) -> Contents:
+        delayed = self.policy.model.fp8 == "delayed"
+        return Contents(self.policy, optimizer, lagged, random=True, scaling=delayed)
+
     def load_initial(self) -> None:
         """Read the weights that RL started from."""
         load_checkpoint(self.run_dir.checkpoint(0), Contents(self.policy))
@@ -193,7 +198,8 @@ class Keeper:
         lagged = self.lagged
         if lagged is not None:
             lagged.allocate()
-        marker = load_checkpoint(path, Contents(self.policy, optimizer, lagged, random=True))
+        contents = self._contents(optimizer, lagged)
+        marker = load_checkpoint(path, contents)
         position = Position(**marker.state)
         if lagged is not None:
             lagged.count = position.lagged if "lagged" in marker.holds else 0
@@ -203,6 +209,8 @@ class Keeper:
                 f"{path.name} was saved by {layout_in_words(marker.layout)} and goes on as "
                 f"{layout_in_words(now)}"
             )
+        if contents.scaling and (reason := why_no_scaling(marker, now)):
+            self.reporter.message(f"delayed scaling begins anew: {path.name} {reason}")
         self.reporter.rewind(position.files)
         self.reporter.message(f"goes on from {path}")
         return position

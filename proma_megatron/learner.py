@@ -46,6 +46,7 @@ class Accumulated:
     sequences: Sequence[TrainingSequence]  # of all replicas, as they went in
     plans: list[Plan]
     denominator: float
+    scaling: list[torch.Tensor]  # what delayed scaling remembered before it
 
 
 class Learner:
@@ -171,7 +172,11 @@ class Learner:
         }
 
     def _is_finite(self, found: Accumulated, minibatch: int) -> bool:
-        """Whether an update may be made; if not, its offences are kept, and ``main_grad`` lost."""
+        """Whether an update may be made; if not, its offences are kept, and ``main_grad`` lost.
+
+        And delayed scaling forgets: what is not finite would keep its scales as they are for as
+        long as it remembers.
+        """
         if is_finite(found.done, found.mine):
             return True
         chains = [
@@ -180,7 +185,13 @@ class Learner:
         ]
         blamed = blame(found.done, found.mine)
         self.offences += offences(blamed, chains, minibatch, found.denominator)
+        self._forget(found)
         return False
+
+    def _forget(self, found: Accumulated) -> None:
+        """Let delayed scaling remember what it did before these passes."""
+        for kept, value in zip(self.policy.delayed_scaling(), found.scaling, strict=True):
+            kept.copy_(value)
 
     def _accumulate(
         self,
@@ -201,6 +212,7 @@ class Learner:
             accumulator,
             temperature or self.config.rollout.temperature,
         )
+        scaling = [kept.clone() for kept in self.policy.delayed_scaling()]
         gate = accumulator.gate if accumulator is not None and compares else None
         if gate is not None:
             gate.arm(done.microbatches)
@@ -208,12 +220,13 @@ class Learner:
         if gate is not None:
             self.fp8 = gate.figures(topology)
         sums = sum(topology.gather_over_data(mine), start=Sums())
-        return Accumulated(done, mine, sums, sequences, plans, denominator)
+        return Accumulated(done, mine, sums, sequences, plans, denominator, scaling)
 
     def check_capture(self) -> None:
         """Prove that every weight hands over its gradient, by a pass over one short sequence.
 
-        For layers whose gradients come through another library's internals; leaves no gradient.
+        For layers whose gradients come through another library's internals. It leaves no gradient,
+        and in what delayed scaling remembers no trace: a resumed run has made no pass more.
 
         Raises:
             RuntimeError: one does not; it is named.
@@ -222,9 +235,10 @@ class Learner:
             return
         sequence = TrainingSequence((0, 1), (0, 1), 1.0, (0.0, 0.0))
         replicas = self.policy.topology.data.size
-        self._accumulate([sequence] * replicas, 1.0, UNIT, self.accumulator)
+        found = self._accumulate([sequence] * replicas, 1.0, UNIT, self.accumulator)
         for chunk in self.policy.chunks:
             chunk.zero_grad_buffer()
+        self._forget(found)
 
     # ------------------------------------------------------------------ looking
 

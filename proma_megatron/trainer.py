@@ -413,7 +413,8 @@ class Trainer:
         if not self.skipped:
             self.sound = self.here
         elif self.skipped >= self.config.trainer.max_skipped_steps:
-            # No update since: the weights are those of then. But they have joined the mean.
+            # No update since: weights, and what delayed scaling remembers, are those of then. But
+            # they have joined the mean.
             path = self._save(replace(self.sound, joined=self.joined, lagged=self.here.lagged))
             raise NonFiniteError(
                 f"{self.skipped} steps in a row made no update, for none was finite, expected "

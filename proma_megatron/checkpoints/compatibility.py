@@ -82,3 +82,12 @@ def layout_in_words(layout: Mapping[str, Any]) -> str:
         data=layout["data"],
     )
     return f"{describe(parallel)} on {layout['device']}"
+
+
+def why_no_scaling(marker: Marker, now: Mapping[str, Any]) -> str:
+    """Why what a checkpoint has of delayed scaling is of no use in this layout; "" if it is."""
+    if "scaling" not in marker.holds:
+        return "has none of its memory"
+    if marker.layout != now:
+        return "has its memory for another layout"
+    return ""

@@ -33,7 +33,7 @@ class Marker:
     model: dict[str, Any]  # `compatibility.shape_of`
     layout: dict[str, Any]  # `compatibility.layout_of`
     optimizer: dict[str, Any] = field(default_factory=dict)  # `compatibility.optimizer_of`
-    holds: tuple[str, ...] = ()  # "optimizer", "lagged", "random" beside the weights
+    holds: tuple[str, ...] = ()  # beside the weights; `sharded.Contents.names`
     score: float | None = None  # validation accuracy of these weights, where it was measured
     files: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name: bytes and CRC-32
 

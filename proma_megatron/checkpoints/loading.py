@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proma_megatron.checkpoints.compatibility import check_model, check_optimizer, layout_of
+from proma_megatron.checkpoints.compatibility import (
+    check_model,
+    check_optimizer,
+    layout_of,
+    why_no_scaling,
+)
 from proma_megatron.checkpoints.folder import Marker, read_marker
 from proma_megatron.checkpoints.integrity import (
     check_contents,
@@ -50,6 +55,7 @@ def load_checkpoint(path: Path, contents: Contents) -> Marker:
         optimizer=contents.optimizer if "optimizer" in marker.holds else None,
         lagged=contents.lagged if "lagged" in marker.holds else None,
         random=contents.random and same_layout and "random" in marker.holds,
+        scaling=contents.scaling and not why_no_scaling(marker, layout_of(topology)),
     )
     with plain_values_only():
         load_shards(str(path), held)

@@ -1,7 +1,8 @@
 """What a checkpoint holds, as Megatron's dist_checkpointing wants it described: shards by name.
 
 Weights, optimizer and the running mean of earlier weights can be read in any layout. States of
-random number generators belong to a rank, and mean something only in the layout that saved them.
+random number generators and what delayed scaling remembers belong to a rank, and mean something
+only in the layout that saved them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.snapshots import RunningMean
 
 _RANDOM = "random."
+_SCALING = "scaling."
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Contents:
     optimizer: Optimizer | None = None
     lagged: RunningMean | None = None
     random: bool = False  # states of the random number generators
+    scaling: bool = False  # what delayed scaling remembers of earlier passes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,6 +49,7 @@ class Contents:
             "optimizer": self.optimizer is not None,
             "lagged": self.lagged is not None,
             "random": self.random,
+            "scaling": self.scaling,
         }
         return tuple(name for name, there in found.items() if there)
 
@@ -77,6 +81,8 @@ def shards(contents: Contents, *, loading: bool) -> dict[str, Any]:
         state["lagged"] = _mean_shards(policy, contents.lagged, metadata)
     if contents.random:
         state["random"] = _random_shards(policy)
+    if contents.scaling:
+        state["scaling"] = _scaling_shard(policy)
     return state
 
 
@@ -114,6 +120,11 @@ def load_shards(path: str, contents: Contents) -> None:
     if contents.random:
         found: State = {key: value[0].clone() for key, value in loaded["random"].items()}
         restore_random_state(found, policy.topology.device)
+    if contents.scaling:
+        own = policy.delayed_scaling()
+        values = loaded["scaling"].split([kept.numel() for kept in own])
+        for kept, value in zip(own, values, strict=True):
+            kept.copy_(value.view_as(kept))
 
 
 @contextmanager
@@ -162,7 +173,7 @@ def _in_order(policy: Policy, loaded: dict[str, torch.Tensor]) -> list[torch.Ten
     return [by_parameter[id(shard.parameter)] for shard in policy.shards]
 
 
-# --------------------------------------------------------------------------- random states
+# --------------------------------------------------------------------------- of a rank
 
 
 def _random_shards(policy: Policy) -> dict[str, Any]:
@@ -174,3 +185,9 @@ def _random_shards(policy: Policy) -> dict[str, Any]:
         )
         for key, value in random_state(topology.device).items()
     }
+
+
+def _scaling_shard(policy: Policy) -> ShardedTensor:
+    """One tensor a rank: stages may have unlike numbers of layers."""
+    flat = torch.cat([found.flatten() for found in policy.delayed_scaling()])
+    return ShardedTensor.from_rank_offsets(f"{_SCALING}{policy.topology.rank}", flat)

@@ -98,6 +98,19 @@ class Policy:
         layout = PackedLayout.of(microbatch.lengths, microbatch.num_tokens, self.topology.device)
         return chunk(microbatch.tokens, microbatch.positions, None, packed_seq_params=layout)
 
+    def delayed_scaling(self) -> list[torch.Tensor]:
+        """What delayed scaling remembers on this rank, the layers' own tensors, float32."""
+        if self.model.fp8 != "delayed":
+            return []
+        with self.topology.megatron_calls():
+            return [
+                found
+                for module in self.modules
+                for layer in module.modules()
+                if hasattr(layer, "remembered")
+                for found in layer.remembered()
+            ]
+
     @contextlib.contextmanager
     def rollout_mode(self) -> Iterator[None]:
         """Evaluation without sequence parallelism: a decoding step has one token to shard.

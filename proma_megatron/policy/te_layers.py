@@ -21,7 +21,7 @@ proves at start that every weight arrives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
     TERowParallelLinear,
 )
+from megatron.core.fp8_utils import get_fp8_recipe
+from megatron.core.transformer import TransformerConfig
 from transformer_engine.pytorch.constants import (  # type: ignore[import-not-found]
     FP8BwdTensorIdx,
     FP8FwdTensorIdx,
@@ -70,6 +72,10 @@ class CapturedTELinear:
     tp_group: Any
     activation_dtype: torch.dtype
     quantizers: dict[str, Any]
+    fp8_meta: dict[str, Any]
+    fp8_meta_tensors_initialized: bool
+    init_fp8_meta_tensors: Callable[[Any], None]
+    config: TransformerConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -121,10 +127,18 @@ class CapturedTELinear:
                     quantizer.optimize_for_gemm = False
         return found
 
+    def remembered(self) -> list[torch.Tensor]:
+        """Scales and largest values of delayed scaling, forward and backward: TE's own tensors."""
+        if not self.fp8_meta_tensors_initialized:  # TE waits for the first forward
+            self.fp8_meta["num_gemms"] = 1
+            self.init_fp8_meta_tensors(get_fp8_recipe(self.config))
+        states = (self.fp8_meta["scaling_fwd"], self.fp8_meta["scaling_bwd"])
+        return [found for state in states for found in (state.scale, state.amax_history)]
+
     def get_extra_state(self) -> None:
         """Nothing, as of Megatron's own layers, so that checkpoints are alike.
 
-        TE would keep what a recipe remembers; of ours delayed scaling does, and begins anew.
+        TE would pickle what delayed scaling remembers, and read no such thing; see `remembered`.
         """
 
     def set_extra_state(self, state: Any) -> None:

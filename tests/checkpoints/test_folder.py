@@ -1,14 +1,17 @@
 """The folder of checkpoints: which is the newest, which is the best, and which may go."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from support.runs import complete
 
+from proma_megatron.checkpoints.compatibility import why_no_scaling
 from proma_megatron.checkpoints.folder import (
     MARKER,
+    Marker,
     best,
     expendable,
     newest,
@@ -132,3 +135,12 @@ def test_a_listing_that_fails_is_not_an_empty_one(
 def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no complete checkpoint: it has no complete\.json"):
         read_marker(tmp_path)
+
+
+def test_what_delayed_scaling_remembers_is_of_use_in_its_own_layout_only() -> None:
+    layout = {"tensor": 2, "pipeline": 1, "data": 1}
+    without = Marker("rl", 1, state={}, model={}, layout=layout)
+    marker = replace(without, holds=("scaling",))
+    assert why_no_scaling(marker, dict(layout)) == ""
+    assert why_no_scaling(marker, layout | {"tensor": 1}) == "has its memory for another layout"
+    assert why_no_scaling(without, layout) == "has none of its memory"

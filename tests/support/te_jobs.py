@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from proma_megatron.config import ModelConfig, ParallelConfig
+from proma_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from proma_megatron.exactness.accumulate import denominator, replica_share
+from proma_megatron.learner import Learner
 from proma_megatron.policy.layers import Operands, captured_layers
 from proma_megatron.policy.losses.options import UNIT
 from proma_megatron.policy.model import Policy
+from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.records import Microbatch, TrainingSequence
 from support.gradients import Batch, _policy
 
@@ -314,10 +318,6 @@ def _sequence(length: int) -> TrainingSequence:
 
 def capture_check(device: torch.device, fp8: str) -> tuple[str, str]:
     """What `Learner.check_capture` says of a policy, and when one layer keeps its gradient."""
-    from proma_megatron.config import RunConfig
-    from proma_megatron.learner import Learner
-    from proma_megatron.projection.accumulator import Accumulator
-
     model = WIDE.model_copy(update={"fp8": fp8})
     operands = "fp8" if fp8 == "delayed" else "bfloat16"
     config = RunConfig.model_validate(
@@ -340,3 +340,31 @@ def capture_check(device: torch.device, fp8: str) -> tuple[str, str]:
                 assert not any(bool(gradient.any()) for gradient in gradients)
                 said.append("every weight arrives")
     return said[0], said[1]
+
+
+def skipped_update(device: torch.device, parallel: ParallelConfig) -> tuple[float, bool, bool]:
+    """Of an update that is not finite, after one that is: whether it was skipped, whether delayed
+    scaling remembers the first one, and whether it remembers anything of the second."""
+    config = RunConfig.model_validate(
+        {
+            "name": "a",
+            "algorithm": "reinforce",  # whose advantages go through backward
+            "model": WIDE.model_dump() | {"fp8": "delayed"},
+            "parallel": parallel.model_dump(),
+            "batching": {"minibatches": 1},
+        }
+    )
+    good = [[_sequence(5), _sequence(7)] * parallel.world_size]
+    bad = [[replace(sequence, advantage=math.inf) for sequence in good[0]]]
+    with _policy(device, config.model, parallel) as policy:
+        learner, optimizer = Learner(config, policy), Optimizer(policy, config.optimizer, 10)
+        fresh = [kept.clone() for kept in policy.delayed_scaling()]
+        learner.update(good, optimizer, 0.0)
+        before = [kept.clone() for kept in policy.delayed_scaling()]
+        skipped = learner.update(bad, optimizer, 0.0)["optimizer/skipped"]
+        after = policy.delayed_scaling()
+        return (
+            skipped,
+            not all(map(torch.equal, fresh, before)),
+            not all(map(torch.equal, before, after)),
+        )
