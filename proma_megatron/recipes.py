@@ -25,6 +25,9 @@ class RecipeRules:
         least: compute capability of the first GPUs that have it.
         below: of the first that don't any more.
         cuda: least version that torch is built for.
+        block: entries of an input that share a scale; None: all of a tensor.
+        weight_block: of a weight.
+        scale_bytes: of one of their scales.
     """
 
     megatron: Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
@@ -33,6 +36,19 @@ class RecipeRules:
     least: tuple[int, int]
     below: tuple[int, int] | None = None
     cuda: tuple[int, int] = (12, 1)
+    block: int | None = None
+    weight_block: int | None = None
+    scale_bytes: int = 4
+
+    @property
+    def input_bytes(self) -> float:
+        """Of one entry of a quantized input, with its share of a scale."""
+        return 1 if self.block is None else 1 + self.scale_bytes / self.block
+
+    def weight_bytes(self, entries: int) -> int:
+        """Of one quantized copy of a weight."""
+        scales = 1 if self.weight_block is None else -(-entries // self.weight_block)
+        return entries + scales * self.scale_bytes
 
     def refusal(self, capability: tuple[int, int], cuda: tuple[int, int]) -> str | None:
         """What it needs that a GPU or its torch has not; None where all is there."""
@@ -49,8 +65,12 @@ class RecipeRules:
 RECIPES: dict[Recipe, RecipeRules] = {
     "current": RecipeRules("tensorwise", "hybrid", 16, (8, 9)),
     "delayed": RecipeRules("delayed", "hybrid", 16, (8, 9)),
-    "blockwise": RecipeRules("blockwise", "e4m3", 128, (9, 0), cuda=(12, 9)),
-    "mxfp8": RecipeRules("mxfp8", "e4m3", 32, (10, 0), below=(12, 0)),
+    "blockwise": RecipeRules(
+        "blockwise", "e4m3", 128, (9, 0), cuda=(12, 9), block=128, weight_block=128 * 128
+    ),
+    "mxfp8": RecipeRules(
+        "mxfp8", "e4m3", 32, (10, 0), below=(12, 0), block=32, weight_block=32, scale_bytes=1
+    ),
 }
 
 

@@ -28,7 +28,8 @@ class Kept:
     proj_input: int
     mlp_norm: int
     fc1: int
-    swiglu: int  # activated gate, second half and product
+    gated: int  # activated gate and second half
+    fc2_input: int  # their product
 
     @property
     def attention(self) -> int:
@@ -36,7 +37,7 @@ class Kept:
 
     @property
     def mlp(self) -> int:
-        return self.fc1 + self.swiglu
+        return self.fc1 + self.gated + self.fc2_input
 
     @property
     def total(self) -> int:
@@ -57,23 +58,33 @@ def kept_by_layer(sizes: Sizes) -> Kept:
     angles = 4 * tokens * sizes.head_dim * e  # sine and cosine, for queries and for keys
     return Kept(
         residual=0 if widened else 2 * sizes.stream,
-        input_norm=norm_kept(sizes),
+        input_norm=_norm_kept(sizes, sizes.kept_input),
         projected=tokens * sizes.qkv_kept * e,
         qk_norm=qk,
         rotary=rotated + angles,
         dense=4 * dense * sizes.query * e + dense * sizes.heads * wide,
-        proj_input=tokens * sizes.query * e,
-        mlp_norm=norm_kept(sizes),
+        proj_input=int(tokens * sizes.query * sizes.kept_output),
+        mlp_norm=_norm_kept(sizes, sizes.kept_input),
         fc1=2 * tokens * sizes.ffn * e,
-        swiglu=3 * tokens * sizes.ffn * e,
+        gated=2 * tokens * sizes.ffn * e,
+        fc2_input=int(tokens * sizes.ffn * sizes.kept_input),
     )
 
 
-def norm_kept(sizes: Sizes) -> int:
-    """Of a norm over the hidden states: normalized, output, and the widened input."""
+def final_norm_kept(sizes: Sizes) -> int:
+    """Of the norm before the head, which is never in FP8."""
+    return _norm_kept(sizes, sizes.precision.compute)
+
+
+def _norm_kept(sizes: Sizes, output: float) -> int:
+    """Of a norm over the hidden states: normalized, output, and the widened input.
+
+    Args:
+        output: bytes that an entry of it takes, as the input of the next linear layer.
+    """
     e, wide = sizes.precision.compute, sizes.precision.wide
-    per_entry = 2 * e + (wide if wide > e else 0)
-    return sizes.own_tokens * (sizes.hidden * per_entry + wide)
+    per_entry = e + output + (wide if wide > e else 0)
+    return int(sizes.own_tokens * (sizes.hidden * per_entry + wide))
 
 
 def norm_backward(sizes: Sizes, entries: int) -> int:

@@ -2,10 +2,10 @@
 
 Weights, main gradients, optimizer state and the key-value cache are exact. Activations, logits and
 workspace follow from what this code's operators keep, and agree with the peak of live tensors of
-real passes on the CPU (tests/planning). On a GPU they are unmeasured: there torch's fused norms
-should need fewer temporaries than are counted, and flash attention's backward a few more. The CUDA
-context, NCCL's buffers and the allocator's fragments come on top: one or two GiB, more with many
-groups.
+real passes on the CPU (tests/planning); what FP8 layers keep, with what Transformer Engine's Python
+keeps there (tests/te). On a GPU they are unmeasured: there torch's fused norms should need fewer
+temporaries than are counted, and flash attention's backward a few more. The CUDA context, NCCL's
+buffers and the allocator's fragments come on top: one or two GiB, more with many groups.
 
 The fullest microbatch holds `batching.tokens_per_microbatch` tokens in rows of full length.
 Attention unpacks a microbatch into sequences x longest, so one long sequence among many short ones
@@ -22,12 +22,14 @@ from proma_megatron.config import RunConfig
 from proma_megatron.planning.counts import Counts, count
 from proma_megatron.planning.decoding import rollout_moments
 from proma_megatron.planning.knobs import Knob, find_knobs
+from proma_megatron.planning.quantized import weight_copies
 from proma_megatron.planning.resident import Resident, resident
 from proma_megatron.planning.shapes import Precision, Stage, stages, total_parameters
 from proma_megatron.planning.sizes import Sizes
 from proma_megatron.planning.traffic import Traffic, traffic
 from proma_megatron.planning.training import Moment, in_flight, training_moments
 
+FP8 = "FP8 weights"  # a kind that most runs have nothing of
 TIGHT = 0.9  # of a GPU's memory: beyond this what is not counted here may not fit
 
 
@@ -68,6 +70,7 @@ class StagePlan:
         """Bytes by kind at a moment; they add up to what the rank holds then."""
         return {
             "weights": self.resident.weights,
+            FP8: moment.fp8_weights,
             "main gradients": self.resident.main_gradients,
             "optimizer": self.resident.optimizer,
             "activations": moment.activations,
@@ -178,14 +181,18 @@ def _stage(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> Sta
     replicas = config.parallel.data or 1
     held = resident(stage, precision, replicas, distributed=config.optimizer.distributed)
     # torch's Adam updates all parameters at once on a GPU, with one temporary of their size.
-    update = Moment("update", workspace=held.optimizer_entries * precision.state)
+    update = Moment(
+        "update",
+        workspace=held.optimizer_entries * precision.state,
+        fp8_weights=weight_copies(config, stage),
+    )
     training = training_moments(config, stage, sizes, counts)
     if config.warm_start.steps and config.projects:
         # Supervised steps go through Megatron's own accumulation.
         plain = config.model_copy(update={"algorithm": "reinforce"})
         training += tuple(
             dataclasses.replace(moment, name=f"warm start: {moment.name}")
-            for moment in training_moments(plain, stage, sizes, counts)
+            for moment in training_moments(plain, stage, sizes.kept_for(plain), counts)
         )
     return StagePlan(
         stage=stage.index,

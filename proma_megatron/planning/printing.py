@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from proma_megatron.planning.plan import Plan, StagePlan
+from proma_megatron.planning.plan import FP8, Plan, StagePlan
 from proma_megatron.planning.training import Moment
 
 SPACIOUS = 0.5  # of a GPU's memory: a plan below this needs no advice
@@ -62,6 +62,8 @@ def _print_memory(plan: Plan, console: Console) -> None:
         table.add_column(name, justify="right")
     columns = [stage.kinds(moment) for moment in phases.values()]
     for kind in columns[0]:
+        if kind == FP8 and not _has_fp8(plan):
+            continue
         exact = kind in ("weights", "main gradients", "optimizer", "KV cache")
         label = kind if exact else f"{kind} (estimated)"
         table.add_row(label, *(size(column[kind]) if column[kind] else "-" for column in columns))
@@ -76,15 +78,22 @@ def _print_memory(plan: Plan, console: Console) -> None:
     )
 
 
+def _has_fp8(plan: Plan) -> bool:
+    return any(stage.update.fp8_weights for stage in plan.stages)
+
+
 def _print_stages(plan: Plan, console: Console) -> None:
     scale, unit = (2**30, "GiB") if plan.needed >= 2**30 else (2**20, "MiB")
     table = _table(f"Memory of each pipeline stage at its fullest moment, in {unit}")
-    columns = ("stage", "layers", "in flight", "weights", "grads", "optim", "activ", "logits")
-    for name in (*columns, "KV", "work", "together"):
+    held = ("weights", "FP8", "grads", "optim", "activ", "logits", "KV", "work")
+    held = tuple(name for name in held if name != "FP8" or _has_fp8(plan))
+    for name in ("stage", "layers", "in flight", *held, "together"):
         table.add_column(name, justify="right")
     for stages in _alike(plan.stages):
         stage = stages[0]
         kinds = stage.kinds(stage.peak)
+        if not _has_fp8(plan):
+            del kinds[FP8]
         label = str(stage.stage) if len(stages) == 1 else f"{stage.stage}-{stages[-1].stage}"
         table.add_row(
             label,

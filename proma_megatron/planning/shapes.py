@@ -46,6 +46,11 @@ class Local:
     def count(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_linear(self) -> bool:
+        """A layer's matrix: no norm, no bias, no vocabulary."""
+        return self.layer is not None and len(self.shape) == 2
+
 
 @dataclass(frozen=True)
 class Stage:

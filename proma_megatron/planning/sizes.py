@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from proma_megatron.config import RunConfig
 from proma_megatron.planning.counts import Counts
+from proma_megatron.planning.quantized import input_bytes
 from proma_megatron.planning.shapes import Precision
 
 
@@ -33,6 +35,8 @@ class Sizes:
     query_copied: bool  # heads of several KV groups: a norm keeps a copy of the query
     qk_norm: bool
     precision: Precision
+    kept_input: float  # bytes of an entry of a linear layer's input until backward
+    kept_output: float  # of attention's output, as such
 
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int, counts: Counts) -> Sizes:
@@ -58,7 +62,23 @@ class Sizes:
             query_copied=groups > 1 and heads > groups,
             qk_norm=model.qk_norm,
             precision=Precision.of(model.dtype),
+            kept_input=input_bytes(config),
+            kept_output=input_bytes(config, of_projection=True),
         )
+
+    def kept_for(self, config: RunConfig) -> Sizes:
+        """The same microbatch where a run like ``config`` decides what is kept of inputs."""
+        return dataclasses.replace(
+            self,
+            kept_input=input_bytes(config),
+            kept_output=input_bytes(config, of_projection=True),
+        )
+
+    @property
+    def in_compute_dtype(self) -> Sizes:
+        """The same for a layer that is not in FP8."""
+        e = self.precision.compute
+        return dataclasses.replace(self, kept_input=e, kept_output=e)
 
     @property
     def sharded_sequence(self) -> bool:

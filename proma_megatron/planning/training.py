@@ -9,11 +9,12 @@ whole pass only those that grow with tokens or vocabulary are counted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proma_megatron.config import RunConfig
-from proma_megatron.planning.activations import kept_by_layer, norm_backward, norm_kept
+from proma_megatron.planning.activations import final_norm_kept, kept_by_layer, norm_backward
 from proma_megatron.planning.counts import Counts
+from proma_megatron.planning.quantized import in_fp8, weight_copies
 from proma_megatron.planning.shapes import EMBEDDING, HEAD, Local, Stage
 from proma_megatron.planning.sizes import Sizes
 from proma_megatron.planning.workspace import (
@@ -36,10 +37,12 @@ class Moment:
     logits: int = 0
     workspace: int = 0
     kv_cache: int = 0
+    fp8_weights: int = 0  # copies, which stay while gradients are computed and weights updated
 
     @property
     def total(self) -> int:
-        return self.activations + self.logits + self.workspace + self.kv_cache
+        passing = self.activations + self.logits + self.workspace + self.kv_cache
+        return passing + self.fp8_weights
 
 
 def in_flight(config: RunConfig, counts: Counts, stage: int) -> int:
@@ -59,7 +62,9 @@ def training_moments(
     config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts
 ) -> tuple[Moment, ...]:
     """The candidates for this stage's peak while gradients are computed."""
-    return tuple(_Pass(config, stage, sizes, counts).moments())
+    copies = weight_copies(config, stage)
+    found = _Pass(config, stage, sizes, counts).moments()
+    return tuple(replace(moment, fp8_weights=copies) for moment in found)
 
 
 class _Pass:
@@ -73,6 +78,8 @@ class _Pass:
         )
         self.acts_alone = config.projection.acts_alone
         self.layer = kept_by_layer(sizes)
+        skipped = kept_by_layer(sizes.in_compute_dtype)
+        self.more_if_skipped = max(0, skipped.total - self.layer.total)
         self.recomputes = config.model.recompute == "full"
         self.widened = sizes.precision.wide > sizes.precision.compute
         waiting = in_flight(config, counts, stage.index)
@@ -95,9 +102,17 @@ class _Pass:
             # Each layer's input; the last output is kept for the norm that reads it, or to send.
             last = int(not self.widened or inner or not self.stage.last)
             return (layers + last) * sizes.stream
-        if not self.widened:
-            return layers * self.layer.total + sizes.stream  # inputs and outputs are the residual
-        return layers * self.layer.total + ends * sizes.stream
+        kept = layers * self.layer.total + self._skipped * self.more_if_skipped
+        # Without a widened copy inputs and outputs are the residual.
+        return kept + (ends if self.widened else 1) * sizes.stream
+
+    @property
+    def _skipped(self) -> int:
+        """Layers of one of this stage's chunks that stay out of FP8, at most."""
+        return max(
+            sum(not in_fp8(self.config, layer) for layer in {w.layer for w in chunk} - {None})
+            for chunk in self.stage.chunks
+        )
 
     @property
     def _all(self) -> int:
@@ -105,7 +120,8 @@ class _Pass:
         kept = self.earlier + self._kept_by_chunk()
         if self.recomputes:
             # That layer again, with its output.
-            kept += self.layer.total + self.sizes.stream
+            kept += self.layer.total + bool(self._skipped) * self.more_if_skipped
+            kept += self.sizes.stream
         return kept
 
     # ------------------------------------------------------------------ moments
@@ -204,7 +220,7 @@ class _Pass:
     def _loss_moments(self, held: int) -> Iterator[Moment]:
         sizes, e, wide = self.sizes, self.sizes.precision.compute, self.sizes.precision.wide
         single, parallel = sizes.tokens <= LOSS_CHUNK, self.config.parallel
-        kept = self.earlier + self._kept_by_chunk() + norm_kept(sizes)
+        kept = self.earlier + self._kept_by_chunk() + final_norm_kept(sizes)
         earlier, waiting = self._held_earlier(), sum(self._was)
         chunk = min(sizes.tokens, LOSS_CHUNK) * sizes.vocab * wide
         yield Moment("loss, forward", kept, earlier + sizes.logits + 4 * chunk, waiting)
@@ -254,9 +270,9 @@ class _Pass:
         yield Moment("fc2, backward", kept + stream + gathered + ffn, held, work(fc2))
         passing = 0 if self.config.projects else tied
         captured = self._waiting([fc2]) if self.config.projects else passing
-        kept -= ffn  # fc2's input
+        kept -= layer.fc2_input
         yield Moment("SwiGLU, backward", kept + stream + 3 * ffn, held, captured)
-        kept -= layer.mlp - ffn
+        kept -= layer.mlp - layer.fc2_input
         dx = sizes.tokens * sizes.hidden * e
         yield Moment("fc1, backward", kept + stream + dx + 2 * ffn, held, work(fc2, fc1))
         captured = self._waiting([fc2, fc1]) if self.config.projects else passing

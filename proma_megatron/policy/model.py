@@ -115,10 +115,14 @@ class Policy:
     def rollout_mode(self) -> Iterator[None]:
         """Evaluation without sequence parallelism: a decoding step has one token to shard.
 
-        And without FP8, whose recipes ask for 16 tokens or more.
+        And without FP8, whose recipes ask for 16 tokens or more: its copies of weights make room
+        for the key-value cache.
         """
         for module in self.modules:
             module.eval()
+            for layer in module.modules():
+                if hasattr(layer, "drop_copies"):
+                    layer.drop_copies()
         self._set_sequence_parallel(False)
         fp8, self.config.fp8 = self.config.fp8, None
         try:

@@ -73,6 +73,7 @@ class CapturedTELinear:
     activation_dtype: torch.dtype
     quantizers: dict[str, Any]
     fp8_meta: dict[str, Any]
+    _fp8_workspaces: dict[str, Any]
     fp8_meta_tensors_initialized: bool
     init_fp8_meta_tensors: Callable[[Any], None]
     config: TransformerConfig
@@ -134,6 +135,10 @@ class CapturedTELinear:
             self.init_fp8_meta_tensors(get_fp8_recipe(self.config))
         states = (self.fp8_meta["scaling_fwd"], self.fp8_meta["scaling_bwd"])
         return [found for state in states for found in (state.scale, state.amax_history)]
+
+    def drop_copies(self) -> None:
+        """Free the FP8 copies of the weight; the next first microbatch makes new ones anyway."""
+        self._fp8_workspaces.clear()
 
     def get_extra_state(self) -> None:
         """Nothing, as of Megatron's own layers, so that checkpoints are alike.

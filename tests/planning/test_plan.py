@@ -239,3 +239,82 @@ def test_a_warm_start_counts_megatrons_own_accumulation() -> None:
     names = [moment.name for moment in warm.stages[0].training]
     assert set(warm.stages[0].training) > set(cold.stages[0].training)
     assert "warm start: embedding, backward" in names
+
+
+# --------------------------------------------------------------------------- FP8
+
+
+def fp8_plan(
+    fp8: str = "current",
+    *,
+    first: int = 0,
+    last: int = 0,
+    algorithm: str = "proma",
+    **changes: Any,
+) -> Plan:
+    recipe = {"fp8": fp8, "fp8_skip_first": first, "fp8_skip_last": last}
+    model = changes.pop("model", {}) | (recipe if fp8 != "none" else {})
+    config = run_config(model=model, **changes).model_copy(update={"algorithm": algorithm})
+    return make_plan(config, VOCAB, gpu_memory=80 * GIB)
+
+
+def at(plan: Plan, moment: str, stage: int = 0) -> int:
+    (found,) = (m for m in plan.stages[stage].training if m.name == moment)
+    return found.activations
+
+
+def test_layers_that_stay_out_of_fp8_count_as_such() -> None:
+    """Without projection an FP8 layer keeps less; each that is skipped brings back its own part."""
+
+    def kept(**options: Any) -> tuple[int, int]:
+        config = fp8_plan(algorithm="reinforce", **options)
+        return at(config, "fc2, backward"), config.stages[0].update.fp8_weights
+
+    (none, no_copies), (all_, copies) = kept(fp8="none"), kept()
+    assert no_copies == 0 < copies
+    saved, layer = none - all_, copies // 36
+    # The inputs of qkv, fc1 and fc2 take a byte less; attention's output what it did.
+    assert saved == 36 * 8192 * (2 * 4096 + 12288 // 4)
+    assert kept(first=1) == (all_ + saved // 36, copies - layer)
+    assert kept(first=2, last=3) == (all_ + 5 * saved // 36, copies - 5 * layer)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_layer_that_is_recomputed_may_be_one_that_was_skipped(recompute: str) -> None:
+    options: dict[str, Any] = {"model": {"recompute": recompute}, "algorithm": "reinforce"}
+    everything = at(fp8_plan("none", **options), "fc2, backward")
+    in_fp8 = at(fp8_plan(**options), "fc2, backward")
+    first = at(fp8_plan(first=1, **options), "fc2, backward")
+    assert in_fp8 < first <= everything
+    if recompute == "full":
+        assert first == everything  # it is the one whose backward comes then
+
+
+@pytest.mark.parametrize("operands", ["bfloat16", "fp8"])
+def test_a_warm_start_keeps_inputs_as_a_run_without_projection(operands: str) -> None:
+    plan = fp8_plan(projection={"fp8_operands": operands}, warm_start={"steps": 1})
+    warm = {m.name: m for m in plan.stages[0].training if m.name.startswith("warm start: ")}
+    plain = fp8_plan(algorithm="reinforce")
+    assert len(warm) == len(plain.stages[0].training)
+    for moment in plain.stages[0].training:
+        assert warm[f"warm start: {moment.name}"].activations == moment.activations
+    more = at(plan, "fc2, backward") - at(fp8_plan("none"), "fc2, backward")
+    # In a step that compares both are there, a byte an entry more.
+    assert more == (36 * 8192 * (2 * 4096 + 12288 // 4) if operands == "fp8" else 0)
+
+
+def test_fp8_weights_are_shown_where_there_are_any() -> None:
+    """Also of a stage without them, beside one that has them; a rollout has none."""
+    halves: dict[str, Any] = {"parallel": {"tensor": 4, "pipeline": 2, "data": 1}}
+    plan = fp8_plan(first=18, **halves)
+    assert [stage.update.fp8_weights > 0 for stage in plan.stages] == [False, True]
+    assert all(stage.peak_rollout.fp8_weights == 0 for stage in plan.stages)
+    rows = [line.split() for line in shown(plan).splitlines()]
+    head = next(row for row in rows if row[:2] == ["stage", "layers"])
+    at_fp8 = head.index("FP8") - 1  # "in flight" is two words
+    first, second = (row for row in rows if row[:2] in (["0", "18"], ["1", "18"]))
+    assert len(first) == len(second) == len(head) - 1
+    assert first[at_fp8] == "-"
+    assert second[at_fp8] == f"{plan.stages[1].update.fp8_weights / GIB:.1f}"
+    without = make_plan(run_config(**halves), VOCAB, gpu_memory=80 * GIB)
+    assert "FP8" not in shown(without)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,13 @@ from proma_megatron.exactness.accumulate import denominator, replica_share
 from proma_megatron.learner import Learner
 from proma_megatron.policy.layers import Operands, captured_layers
 from proma_megatron.policy.losses.options import UNIT
-from proma_megatron.policy.model import Policy
+from proma_megatron.policy.model import Policy, build_policy
 from proma_megatron.policy.optimizer import Optimizer
 from proma_megatron.policy.schedule import forward_backward
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.records import Microbatch, TrainingSequence
+from proma_megatron.topology import layout
+from support.allocation import LiveBytes, full_microbatches, storage_bytes
 from support.gradients import Batch, _policy
 
 # Every dimension is a multiple of 128, which FP8 in blocks asks for.
@@ -340,6 +343,65 @@ def capture_check(device: torch.device, fp8: str) -> tuple[str, str]:
                 assert not any(bool(gradient.any()) for gradient in gradients)
                 said.append("every weight arrives")
     return said[0], said[1]
+
+
+@dataclass(frozen=True)
+class HeldByLayers:
+    """Bytes on this rank once a forward pass is over; storages, each once."""
+
+    stage: int
+    fp8_weights: int
+    in_rollout: int  # of those, what is left then
+    kept: int  # for backward, and by the pass itself
+
+
+def held_after_forward(
+    device: torch.device, config: RunConfig, vocab_size: int, compares: bool
+) -> HeldByLayers:
+    """What TE's Python leaves behind of one full microbatch; FP8 weights are there before it."""
+    kept = 0
+    with layout(config.parallel, device, 0) as topology:
+        policy = build_policy(
+            config.model, vocab_size, config.max_sequence_length, topology, seed=0
+        )
+        batches = full_microbatches(config, vocab_size, 2, topology)
+        accumulator = Accumulator.of(policy, config.projection) if config.projects else None
+        if accumulator is not None:
+            accumulator.begin()
+            accumulator.enable(True)
+            if compares:
+                assert accumulator.gate is not None
+                accumulator.gate.arm(batches)
+        (chunk,) = policy.chunks
+        (module,) = policy.modules
+        with topology.megatron_calls():
+            for batch in batches:
+                if not topology.is_first_stage:
+                    width = batch.num_tokens // (
+                        topology.tensor.size if topology.sequence_parallel else 1
+                    )
+                    hidden = torch.randn(width, 1, config.model.hidden_size, dtype=torch.bfloat16)
+                    module.set_input_tensor(hidden.requires_grad_())
+                with LiveBytes() as live:
+                    output = policy.forward_packed(chunk, batch)
+                    gc.collect()
+                    kept = live.now - output.untyped_storage().nbytes()
+                del output
+        copies = _copies(module)
+        with policy.rollout_mode():
+            left = _copies(module)
+        return HeldByLayers(topology.pipeline.rank, copies, left, kept)
+
+
+def _copies(module: torch.nn.Module) -> int:
+    """Bytes of the FP8 weights that TE keeps."""
+    return storage_bytes(
+        storage
+        for layer in captured_layers(module)
+        for workspace in getattr(layer, "_fp8_workspaces", {}).values()
+        for storage in vars(workspace).values()
+        if isinstance(storage, torch.Tensor)
+    )
 
 
 def skipped_update(device: torch.device, parallel: ParallelConfig) -> tuple[float, bool, bool]:

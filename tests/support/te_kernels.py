@@ -74,6 +74,9 @@ def _cast(values: torch.Tensor, scale: torch.Tensor, kind: int) -> torch.Tensor:
     return (values.float() * scale).clamp(-top, top).to(low).view(torch.uint8)
 
 
+E8M0 = torch.float8_e8m0fnu  # of MXFP8's scales
+
+
 def _scale(amax: torch.Tensor, kind: int, power_of_two: bool) -> torch.Tensor:
     scale = torch.finfo(FLOATS[kind]).max / amax
     scale = torch.where(amax > 0, scale, 1.0)
@@ -152,7 +155,8 @@ def _mxfp8(tensor: torch.Tensor, quantizer: Any) -> Any:
     def padded(scales: torch.Tensor, *, columnwise: bool) -> torch.Tensor:
         rows, width = quantizer.get_scale_shape(tensor.shape, columnwise=columnwise)
         rest = (0, width - scales.shape[1], 0, rows - scales.shape[0])
-        return torch.nn.functional.pad(scales, rest).contiguous()
+        # A byte each: an exponent.
+        return torch.nn.functional.pad(scales, rest).to(E8M0).view(torch.uint8).contiguous()
 
     flat = tensor.reshape(-1, tensor.shape[-1])
     data = scales = columns = column_scales = None
@@ -232,11 +236,13 @@ def dequantize(tensor: Any, dtype: Any) -> torch.Tensor:
         data, scales = tensor._rowwise_data, tensor._rowwise_scale_inv
         flat = data.reshape(-1, data.shape[-1]).view(low).float()
         blocks = _blocks(flat, 32)
+        scales = scales.view(E8M0).float()
         found = blocks * scales[: blocks.shape[0], : blocks.shape[1], None]
         return found.flatten(-2).view(data.shape).to(TORCH[dtype])
     data, scales = tensor._columnwise_data, tensor._columnwise_scale_inv
     flat = data.reshape(-1, data.shape[-1]).view(low).float()
     blocks = flat.unflatten(0, (-1, 32))
+    scales = scales.view(E8M0).float()
     found = blocks * scales[: blocks.shape[0], None, : blocks.shape[2]]
     return found.flatten(0, 1).view(data.shape).to(TORCH[dtype])
 
