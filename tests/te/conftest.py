@@ -16,9 +16,13 @@ def te_gpu(gpu_worker: WorkerPool) -> WorkerPool:
     return gpu_worker
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def te_workers() -> Iterator[TransformerEnginePool]:
-    """Ranks on the CPU, over Gloo, whose policies have Transformer Engine's layers."""
+    """Ranks on the CPU, over Gloo, whose policies have Transformer Engine's layers.
+
+    New ones for each module: some of their jobs leave Gloo's groups behind, whose threads, three a
+    group, slow all that come later.
+    """
     pool = TransformerEnginePool(source())
     yield pool
     pool.close()
