@@ -156,7 +156,9 @@ def make_plan(
 def _plan(config: RunConfig, vocab_size: int, gpu_memory: int, gpus_per_node: int) -> Plan:
     counts = count(config)
     sizes = Sizes.of(config, vocab_size, counts)
-    planned = tuple(_stage(config, stage, sizes, counts) for stage in stages(config, vocab_size))
+    planned = tuple(
+        _stage(config, stage, sizes, counts, vocab_size) for stage in stages(config, vocab_size)
+    )
     gpus = config.parallel.world_size
     entries = max(stage.parameters for stage in planned)
     # The running mean is kept in float32 or better.
@@ -176,7 +178,9 @@ def _plan(config: RunConfig, vocab_size: int, gpu_memory: int, gpus_per_node: in
     )
 
 
-def _stage(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> StagePlan:
+def _stage(
+    config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts, vocab_size: int
+) -> StagePlan:
     precision = Precision.of(config.model.dtype)
     replicas = config.parallel.data or 1
     held = resident(stage, precision, replicas, distributed=config.optimizer.distributed)
@@ -190,9 +194,10 @@ def _stage(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> Sta
     if config.warm_start.steps and config.projects:
         # Supervised steps go through Megatron's own accumulation.
         plain = config.model_copy(update={"algorithm": "reinforce"})
+        unprojected = Sizes.of(plain, vocab_size, counts)
         training += tuple(
             dataclasses.replace(moment, name=f"warm start: {moment.name}")
-            for moment in training_moments(plain, stage, sizes.kept_for(plain), counts)
+            for moment in training_moments(plain, stage, unprojected, counts)
         )
     return StagePlan(
         stage=stage.index,

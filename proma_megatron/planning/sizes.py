@@ -66,14 +66,6 @@ class Sizes:
             kept_output=input_bytes(config, of_projection=True),
         )
 
-    def kept_for(self, config: RunConfig) -> Sizes:
-        """The same microbatch where a run like ``config`` decides what is kept of inputs."""
-        return dataclasses.replace(
-            self,
-            kept_input=input_bytes(config),
-            kept_output=input_bytes(config, of_projection=True),
-        )
-
     @property
     def in_compute_dtype(self) -> Sizes:
         """The same for a layer that is not in FP8."""
