@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from proma_megatron.batching.batch_file import write_batch
-from proma_megatron.config import ComputeConfig, GradientsConfig
-from proma_megatron.exactness.verify import Subject, random_batch, relative_error
-from proma_megatron.policy.huggingface import read_model
+from proma_megatron.commands.verify.command import Subject, random_batch, relative_error
+from proma_megatron.config.sections import ComputeConfig, GradientsConfig
+from proma_megatron.weights.huggingface import read_model
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,9 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from proma_megatron.config import ParallelConfig, RunConfig, Section
-from proma_megatron.config_file import validate_config
-from proma_megatron.jobs import in_layout, run_job, serve
+from proma_megatron.config.loading import validate_config
+from proma_megatron.config.sections import ParallelConfig, RunConfig, Section
+from proma_megatron.processes.ranks import in_layout, run_job, serve
 
 
 class LoadingJob(Section):
@@ -56,8 +56,8 @@ def measure(job: LoadingJob, logs: Path | None) -> str | None:
     import torch.distributed as dist
 
     from proma_megatron.checkpoints.loading import load_policy
-    from proma_megatron.policy.parameters import tensor_shapes
-    from proma_megatron.topology import Topology
+    from proma_megatron.distributed.topology import Topology
+    from proma_megatron.weights.mapping import tensor_shapes
 
     def on_rank(topology: Topology) -> str | None:
         before, peak = private_bytes(), Peak()

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from launch.cli import app as launch
-from proma_megatron.config import ConfigError
-from proma_megatron.config_file import gradients_config, load_config
+from proma_megatron.config.loading import gradients_config, load_config
+from proma_megatron.config.sections import ConfigError
+from proma_megatron.launching.cli import app as launch
 
 app = typer.Typer(
     help="PROMA: proximal policy updates by projected microbatch accumulation, on Megatron-Core.",
@@ -63,11 +63,13 @@ def train(
         raise ConfigError(f"--resume-or-start can't be combined with {other}; choose one")
     checked = load_config(config, overrides or [])
     if resume_or_start:
-        from proma_megatron.run_dir import resumes
+        from proma_megatron.runs.directory import resumes
 
         resume = resumes(checked.run_dir)
         overwrite = not resume
-    from proma_megatron.launcher import train as run  # imports torch and Megatron: seconds
+    from proma_megatron.commands.train.command import (
+        train as run,  # imports torch and Megatron: seconds
+    )
 
     run(checked, resume=resume, overwrite=overwrite)
 
@@ -88,9 +90,9 @@ def plan(
     it does not fit."""
     from rich.console import Console
 
+    from proma_megatron.data.loading import vocabulary
     from proma_megatron.planning.plan import make_plan
     from proma_megatron.planning.printing import print_plan
-    from proma_megatron.rollout.source import vocabulary
 
     checked = load_config(config, overrides or [])
     found = make_plan(
@@ -124,7 +126,7 @@ def doctor(
     NeMo-Run), say what a run would use and what is wrong. Exits with 1 if something is."""
     from rich.console import Console
 
-    from proma_megatron.doctor.command import diagnose, show
+    from proma_megatron.commands.doctor.command import diagnose, show
 
     checked = None if config is None else load_config(config, overrides or [])
     with Console(stderr=True).status("trying every part, each in a process of its own"):
@@ -148,7 +150,7 @@ def grads(
 ) -> None:
     """Write the projected gradient of every parameter, unsharded. No optimizer step is made."""
     config = gradients_config(overrides or [])
-    from proma_megatron.exactness.grads import grads as run
+    from proma_megatron.commands.gradients.command import grads as run
 
     run(hf, batch, out, config)
 
@@ -163,7 +165,7 @@ def verify(
     ] = None,
 ) -> None:
     """Compare projected gradients of a layout with those of one process, parameter by parameter."""
-    from proma_megatron.exactness.verify import verify as run
+    from proma_megatron.commands.verify.command import verify as run
 
     if not run(source, overrides or []):
         sys.exit(1)
@@ -195,8 +197,8 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure a policy on a file of problems: accuracy, pass@k, lengths, every completion."""
-    from proma_megatron.evaluation.job import evaluate_saved
-    from proma_megatron.saved import open_saved
+    from proma_megatron.commands.evaluate.command import evaluate_saved
+    from proma_megatron.runs.policies import open_saved
 
     chosen = [f"evaluation.samples={samples}"] if samples is not None else []
     saved = open_saved(source, [*chosen, *(overrides or [])], config)
@@ -222,8 +224,8 @@ def export(
     ] = False,
 ) -> None:
     """Write a policy as a Hugging Face directory, for transformers and vLLM."""
-    from proma_megatron.export.job import export as run
-    from proma_megatron.saved import open_saved
+    from proma_megatron.commands.export.command import export as run
+    from proma_megatron.runs.policies import open_saved
 
     run(open_saved(source, overrides or []), out, dtype, shard_size, overwrite=overwrite)
 
@@ -239,7 +241,7 @@ def report(
     ] = None,
 ) -> None:
     """Draw accuracy, KL, entropy, reward and removed energy of finished or running runs."""
-    from proma_megatron.report import draw_report, summarize
+    from proma_megatron.commands.report import draw_report, summarize
 
     files = draw_report(runs, out or runs[0] / "report.png", _typed())
     for run in runs:
@@ -265,9 +267,9 @@ def compare(
 ) -> None:
     """Train by several algorithms and seeds, from one policy on the same prompts, and draw them
     together. Started again, it continues."""
-    from proma_megatron.compare.command import compare as run
-    from proma_megatron.compare.planning import plan_runs
-    from proma_megatron.config_file import apply_overrides, read_tree
+    from proma_megatron.commands.compare.command import compare as run
+    from proma_megatron.commands.compare.runs import plan_runs
+    from proma_megatron.config.loading import apply_overrides, read_tree
 
     tree = apply_overrides(read_tree(config), overrides or [])
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
@@ -288,8 +290,8 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        from proma_megatron.failure import WorkerError
-        from proma_megatron.stopping import EXIT_STOPPED, RunStopped
+        from proma_megatron.processes.failures import WorkerError
+        from proma_megatron.processes.stopping import EXIT_STOPPED, RunStopped
 
         if isinstance(error, RunStopped):
             if os.environ.get("RANK", "0") == "0":

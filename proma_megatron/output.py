@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from proma_megatron.config import ConfigError
-from proma_megatron.failure import StoppedError, WorkerError
+from proma_megatron.config.sections import ConfigError
+from proma_megatron.processes.failures import StoppedError, WorkerError
 
 SUMMARY = "summary.json"  # in the folder of a job: what was run, and what came out
 

@@ -19,9 +19,9 @@ def workers() -> Iterator[WorkerPool]:
 def in_pool(workers: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run in this process, and their ranks in the pool: starting others takes seconds."""
     starts = PooledStarts(workers)
-    monkeypatch.setattr("proma_megatron.launcher.start_workers", starts.start_workers)
-    for module in ("export.job", "evaluation.job", "exactness.grads"):
-        monkeypatch.setattr(f"proma_megatron.{module}.run_job", starts.run_job)
+    monkeypatch.setattr("proma_megatron.commands.train.command.start_workers", starts.start_workers)
+    for module in ("export", "evaluate", "gradients"):
+        monkeypatch.setattr(f"proma_megatron.commands.{module}.command.run_job", starts.run_job)
 
 
 @pytest.fixture(scope="session")

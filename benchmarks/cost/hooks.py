@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from proma_megatron.policy.losses.options import UNIT
-from proma_megatron.policy.model import Policy
-from proma_megatron.policy.parameters import ParameterShard, Reduction
-from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.learner.schedule import forward_backward
+from proma_megatron.losses.options import UNIT
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.units import Unit, units_of
-from proma_megatron.records import Microbatch
+from proma_megatron.types import Microbatch
+from proma_megatron.weights.mapping import ParameterShard, Reduction
 
 SWEEPS, BOUND = 2, 0.5
 

@@ -16,16 +16,16 @@ from dataclasses import dataclass, fields
 import torch
 
 from benchmarks.cost.settings import Setting
-from proma_megatron.projection.factors import (
+from proma_megatron.projection.factors.linear import (
     LinearFactors,
     Lookup,
     LookupFactors,
     Part,
     SequenceGradients,
 )
-from proma_megatron.projection.rules import solve, solve_vectors
-from proma_megatron.projection.workspace import Workspace
-from proma_megatron.records import Sequences
+from proma_megatron.projection.factors.workspace import Workspace
+from proma_megatron.projection.rules.proma import solve, solve_vectors
+from proma_megatron.types import Sequences
 
 ROUNDS = 7
 WORKSPACE = 512 * 2**20  # bytes; the default of projection.workspace_mb

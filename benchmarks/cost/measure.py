@@ -24,10 +24,10 @@ from benchmarks.cost.ways import (
     projected_units,
     proma,
 )
-from proma_megatron.config import ProjectionConfig
-from proma_megatron.policy.model import Policy
-from proma_megatron.records import Microbatch
-from proma_megatron.topology import Topology
+from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.distributed.topology import Topology
+from proma_megatron.model.policy import Policy
+from proma_megatron.types import Microbatch
 from tests.support.allocation import LiveBytes
 
 RATIOS = (

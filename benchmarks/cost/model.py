@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.cost.kernels import Terms, measure
 from benchmarks.cost.results import Results, setting_of
-from proma_megatron.projection.choosing import Rates
+from proma_megatron.projection.factors.materialization import Rates
 
 
 @dataclass(frozen=True)

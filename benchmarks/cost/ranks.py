@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cost.results import Results, line
 from benchmarks.cost.settings import Effort, Setting, Shape
-from proma_megatron.config import GradientsConfig, ParallelConfig, ProcessConfig, Section
-from proma_megatron.jobs import in_layout, run_job, serve
+from proma_megatron.config.sections import GradientsConfig, ParallelConfig, ProcessConfig, Section
 from proma_megatron.output import working_folder
+from proma_megatron.processes.ranks import in_layout, run_job, serve
 
 if TYPE_CHECKING:
-    from proma_megatron.topology import Topology
+    from proma_megatron.distributed.topology import Topology
 
 ROOT = Path(__file__).parents[2]
 # Where the ways are compared with each other in float64; they have little to remember there.
@@ -67,8 +67,8 @@ def _run(job: CostJob, topology: Topology) -> str | None:
     """All settings of a job, on this rank; rank 0 writes them down and says how they went."""
     from benchmarks.cost.measure import measure
     from benchmarks.cost.ways import disagreement, proma
-    from proma_megatron.config import ProjectionConfig
-    from proma_megatron.policy.model import build_policy
+    from proma_megatron.config.sections import ProjectionConfig
+    from proma_megatron.model.policy import build_policy
 
     results = Results.read(job.out) if topology.is_main else Results(job.out)
 

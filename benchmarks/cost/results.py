@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from benchmarks.cost.settings import Setting
-from proma_megatron.config import ConfigError, Section
+from proma_megatron.config.sections import ConfigError, Section
 from proma_megatron.output import complete_or_absent
 
 Row = dict[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-from proma_megatron.config import ConfigError, ModelConfig, PositiveInt, Section
+from proma_megatron.config.sections import ConfigError, ModelConfig, PositiveInt, Section
 
 # Accumulation by Megatron, by us, and by hooks that keep a microbatch's gradients or a module's.
 WAYS = ("plain", "proma", "hooks", "hooks_by_layer")

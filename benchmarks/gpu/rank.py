@@ -20,16 +20,16 @@ from benchmarks.cost.settings import Effort
 from benchmarks.gpu.figures import step_operations, utilization
 from benchmarks.gpu.results import GpuResults
 from benchmarks.gpu.settings import Setting
-from proma_megatron.config import ConfigError, GradientsConfig, ModelConfig, Section
-from proma_megatron.extras import transformer_engine_version
-from proma_megatron.jobs import in_layout, run_job, serve
+from proma_megatron.config.sections import ConfigError, GradientsConfig, ModelConfig, Section
+from proma_megatron.distributed.libraries import transformer_engine_version
 from proma_megatron.output import working_folder
+from proma_megatron.processes.ranks import in_layout, run_job, serve
 
 if TYPE_CHECKING:
     from benchmarks.cost.ways import Step
-    from proma_megatron.policy.model import Policy
-    from proma_megatron.records import Microbatch
-    from proma_megatron.topology import Topology
+    from proma_megatron.distributed.topology import Topology
+    from proma_megatron.model.policy import Policy
+    from proma_megatron.types import Microbatch
 
 WAYS = ("plain", "proma")
 Recomputed = Literal["none", "full"]
@@ -211,7 +211,7 @@ def random_policy(model: ModelConfig, longest: int, topology: Topology) -> Polic
     """Weights are drawn on the device: which ones doesn't matter."""
     import torch
 
-    from proma_megatron.policy.model import build_policy
+    from proma_megatron.model.policy import build_policy
 
     assert model.vocab_size is not None
     policy = build_policy(model, model.vocab_size, longest, topology, seed=None)

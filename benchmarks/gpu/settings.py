@@ -7,7 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from proma_megatron.config import (
+from proma_megatron.config.pretrained import planned_shape
+from proma_megatron.config.sections import (
     ConfigError,
     GradientsConfig,
     ModelConfig,
@@ -16,7 +17,6 @@ from proma_megatron.config import (
     ProjectionConfig,
     Section,
 )
-from proma_megatron.policy.hf_config import planned_shape
 
 Fp8 = Literal["none", "current", "delayed", "blockwise", "mxfp8"]
 Recompute = Literal["auto", "none", "full"]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from proma_megatron.batching.packing import loss_tokens
-from proma_megatron.records import TrainingSequence
+from proma_megatron.types import TrainingSequence
 
 
 def aggregate(

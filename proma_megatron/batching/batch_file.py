@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.config import ConfigError
-from proma_megatron.records import TrainingSequence
+from proma_megatron.config.sections import ConfigError
+from proma_megatron.types import TrainingSequence
 
 OPTIONAL = {"token_weights", "old_logprobs", "reference_logprobs"}
 FIELDS = {"microbatch", "tokens", "loss_mask", "advantage", *OPTIONAL}

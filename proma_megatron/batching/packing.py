@@ -7,7 +7,7 @@ from itertools import batched
 
 import torch
 
-from proma_megatron.records import Microbatch, TrainingSequence
+from proma_megatron.types import Microbatch, TrainingSequence
 
 
 def plan_microbatches(

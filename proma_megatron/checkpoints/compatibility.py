@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proma_megatron.checkpoints.folder import Marker
-from proma_megatron.config import (
+from proma_megatron.config.sections import (
     ComputeConfig,
     ConfigError,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
 )
-from proma_megatron.jobs import describe
+from proma_megatron.processes.ranks import describe
+from proma_megatron.runs.checkpoint_folder import Marker
 
 if TYPE_CHECKING:
-    from proma_megatron.topology import Topology
+    from proma_megatron.distributed.topology import Topology
 
 # A checkpoint's tensors have the shape that the rest says, whatever computes with them.
 _NOT_SHAPE = {"path", "vocab_size", "init_std", *ComputeConfig.model_fields}

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.checkpoints.folder import Marker, name_of
-from proma_megatron.storage import StorageError, size_and_checksum
+from proma_megatron.files import StorageError, size_and_checksum
+from proma_megatron.runs.checkpoint_folder import Marker, name_of
 
 INDEX = ".metadata"
 

@@ -10,7 +10,6 @@ from proma_megatron.checkpoints.compatibility import (
     layout_of,
     why_no_scaling,
 )
-from proma_megatron.checkpoints.folder import Marker, read_marker
 from proma_megatron.checkpoints.integrity import (
     check_contents,
     check_index,
@@ -18,11 +17,12 @@ from proma_megatron.checkpoints.integrity import (
     plain_values_only,
 )
 from proma_megatron.checkpoints.sharded import Contents, load_shards
-from proma_megatron.config import RunConfig
-from proma_megatron.policy.huggingface import read_model
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.parameters import fill
-from proma_megatron.topology import Topology
+from proma_megatron.config.sections import RunConfig
+from proma_megatron.distributed.topology import Topology
+from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.runs.checkpoint_folder import Marker, read_marker
+from proma_megatron.weights.huggingface import read_model
+from proma_megatron.weights.mapping import fill
 
 
 def load_checkpoint(path: Path, contents: Contents) -> Marker:

@@ -27,7 +27,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
-from proma_megatron.checkpoints.folder import (
+from proma_megatron.checkpoints.sharded import Contents, copied, shards
+from proma_megatron.distributed.topology import Topology
+from proma_megatron.files import StorageError, size_and_checksum, sync_file, sync_folder, why
+from proma_megatron.runs.checkpoint_folder import (
     BEST,
     LATEST,
     MARKER,
@@ -39,9 +42,6 @@ from proma_megatron.checkpoints.folder import (
     remove,
     write_marker,
 )
-from proma_megatron.checkpoints.sharded import Contents, copied, shards
-from proma_megatron.storage import StorageError, size_and_checksum, sync_file, sync_folder, why
-from proma_megatron.topology import Topology
 
 # It would tell every user to install another package for what a thread does here.
 torch_strategy._logged_mcore_async_deprecation = True

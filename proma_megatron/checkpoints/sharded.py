@@ -24,9 +24,9 @@ from proma_megatron.checkpoints.random_state import (
     random_state,
     restore_random_state,
 )
-from proma_megatron.policy.model import Policy
-from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.snapshots import RunningMean
+from proma_megatron.learner.optimizer import Optimizer
+from proma_megatron.learner.snapshots import RunningMean
+from proma_megatron.model.policy import Policy
 
 _RANDOM = "random."
 _SCALING = "scaling."

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proma_megatron.config import RunConfig
+from proma_megatron.config.sections import RunConfig
+from proma_megatron.data.tokenizer import Tokenizer
 from proma_megatron.evaluation.statistics import accuracy_interval, mean_pass_at_k
-from proma_megatron.policy.model import Policy
-from proma_megatron.records import Prompt, Rollout, ScoredRollout
-from proma_megatron.rollout.collect import group, sample_rollouts, score_rollouts, share
-from proma_megatron.rollout.generator import Interrupt, Interrupted, SamplingOptions
-from proma_megatron.rollout.scoring import Scorer
-from proma_megatron.rollout.tokenizer import Tokenizer
+from proma_megatron.model.policy import Policy
+from proma_megatron.rewards.pool import Scorer
+from proma_megatron.rollout.groups import group, sample_rollouts, score_rollouts, share
+from proma_megatron.rollout.megatron import Interrupt, Interrupted, SamplingOptions
+from proma_megatron.types import Prompt, Rollout, ScoredRollout
 
 
 @dataclass(frozen=True)

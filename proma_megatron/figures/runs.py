@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.config import ConfigError
-from proma_megatron.config_file import read_tree
-from proma_megatron.metrics import read_metrics
-from proma_megatron.run_dir import RunDir
+from proma_megatron.config.loading import read_tree
+from proma_megatron.config.sections import ConfigError
+from proma_megatron.observability.metrics import read_metrics
+from proma_megatron.runs.directory import RunDir
 
 Row = dict[str, Any]  # one line of metrics.jsonl
 

@@ -10,9 +10,9 @@ one scale.
 
 from __future__ import annotations
 
-from proma_megatron.config import RunConfig
+from proma_megatron.config.fp8 import RECIPES
+from proma_megatron.config.sections import RunConfig
 from proma_megatron.planning.shapes import BYTES, Stage
-from proma_megatron.recipes import RECIPES
 
 
 def in_fp8(config: RunConfig, layer: int | None) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from proma_megatron.config import RunConfig
-from proma_megatron.policy.parameters import LAYER, MODEL, TIED_HEAD, Row, Share, tensor_shapes
+from proma_megatron.config.sections import RunConfig
+from proma_megatron.weights.mapping import LAYER, MODEL, TIED_HEAD, Row, Share, tensor_shapes
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"

@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 
-from proma_megatron.config import ProjectionConfig
-from proma_megatron.policy.layers import Operands, captured_layers
-from proma_megatron.policy.model import Policy
-from proma_megatron.policy.parameters import ParameterShard
-from proma_megatron.projection.choosing import Choice, Rates, agree_on_rates, choose
-from proma_megatron.projection.deflating import Deflating
+from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.distributed.topology import Axis, Topology
+from proma_megatron.model.capture import Operands, captured_layers
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.diagnostics import Tally
-from proma_megatron.projection.factors import (
+from proma_megatron.projection.factors.gemm import Gemm, TorchGemm, choose_gemm
+from proma_megatron.projection.factors.linear import (
     Factors,
     LinearFactors,
     Lookup,
@@ -36,16 +35,17 @@ from proma_megatron.projection.factors import (
     VectorFactors,
     kept_slices,
 )
-from proma_megatron.projection.gemm import Gemm, TorchGemm, choose_gemm
-from proma_megatron.projection.preconditioning import Preconditioning
-from proma_megatron.projection.projecting import Projecting
-from proma_megatron.projection.solver import Capture, Updater
+from proma_megatron.projection.factors.materialization import Choice, Rates, agree_on_rates, choose
+from proma_megatron.projection.factors.workspace import Workspace
+from proma_megatron.projection.fp8_gate import ValidityGate
 from proma_megatron.projection.tied import TiedEnds
 from proma_megatron.projection.units import units_of
-from proma_megatron.projection.validity import ValidityGate
-from proma_megatron.projection.workspace import Workspace
-from proma_megatron.records import Microbatch, Sequences
-from proma_megatron.topology import Axis, Topology
+from proma_megatron.projection.updaters.intra_proma import Deflating
+from proma_megatron.projection.updaters.isopo import Preconditioning
+from proma_megatron.projection.updaters.proma import Projecting
+from proma_megatron.projection.updaters.updater import Capture, Updater
+from proma_megatron.types import Microbatch, Sequences
+from proma_megatron.weights.mapping import ParameterShard
 
 # Beyond so many bytes, units that wait for the end of the backward pass are solved at once.
 LATE_BYTES = 16 * 2**20

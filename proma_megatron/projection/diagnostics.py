@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from proma_megatron.projection.rules import Outcome
+from proma_megatron.projection.rules.proma import Outcome
 from proma_megatron.projection.units import kind_of, layer_of
 
 if TYPE_CHECKING:
-    from proma_megatron.topology import Topology
+    from proma_megatron.distributed.topology import Topology
 
 ROUNDING = 1e-12  # relative; sums of products smaller than this say nothing
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from proma_megatron.records import Microbatch
-from proma_megatron.topology import Topology
+from proma_megatron.distributed.topology import Topology
+from proma_megatron.types import Microbatch
 
 
 @dataclass(frozen=True)

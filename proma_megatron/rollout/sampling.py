@@ -7,7 +7,7 @@ import hashlib
 import torch
 import torch.distributed as dist
 
-from proma_megatron.topology import Axis
+from proma_megatron.distributed.topology import Axis
 
 
 def noise(seed: int, step: int, prompt: int, sample: int, count: int) -> torch.Tensor:

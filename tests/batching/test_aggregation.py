@@ -9,9 +9,9 @@ import torch
 
 from proma_megatron.batching.aggregation import aggregate
 from proma_megatron.batching.packing import pack
-from proma_megatron.policy.losses.loss import policy_loss
-from proma_megatron.policy.losses.options import REINFORCE, LossOptions
-from proma_megatron.records import TrainingSequence
+from proma_megatron.losses.options import REINFORCE, LossOptions
+from proma_megatron.losses.policy_loss import policy_loss
+from proma_megatron.types import TrainingSequence
 
 MODES = ["token_mean", "sequence_mean", "sequence_sum"]
 CONSTANT = 6.5

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proma_megatron.batching.batch_file import read_batch, write_batch
-from proma_megatron.config import ConfigError
-from proma_megatron.records import TrainingSequence
+from proma_megatron.config.sections import ConfigError
+from proma_megatron.types import TrainingSequence
 
 VOCAB = 61
 GOOD = {"microbatch": 0, "tokens": [7, 8, 9], "loss_mask": [0, 1, 1], "advantage": 0.5}

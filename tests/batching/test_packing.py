@@ -15,7 +15,7 @@ from proma_megatron.batching.packing import (
     pack,
     plan_microbatches,
 )
-from proma_megatron.records import TrainingSequence
+from proma_megatron.types import TrainingSequence
 
 CPU = torch.device("cpu")
 BUDGET = 40

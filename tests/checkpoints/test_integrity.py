@@ -12,7 +12,6 @@ from support.checkpoints import read_alone, write_alone
 from support.pool import WorkerPool
 from support.runs import complete
 
-from proma_megatron.checkpoints.folder import Marker, read_marker
 from proma_megatron.checkpoints.integrity import (
     INDEX,
     check_contents,
@@ -20,7 +19,8 @@ from proma_megatron.checkpoints.integrity import (
     check_sizes,
     plain_values_only,
 )
-from proma_megatron.storage import StorageError, size_and_checksum
+from proma_megatron.files import StorageError, size_and_checksum
+from proma_megatron.runs.checkpoint_folder import Marker, read_marker
 
 
 class Runs:

@@ -11,7 +11,7 @@ from support.checkpoints import (
 )
 from support.pool import WorkerPool
 
-from proma_megatron.checkpoints.folder import is_complete, newest
+from proma_megatron.runs.checkpoint_folder import is_complete, newest
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -16,15 +16,15 @@ from support.drills import LAYOUTS, TINY, Drill, Fault, sentence
 from support.ledger import record
 from support.losses import differences
 
-from proma_megatron.checkpoints.folder import (
+from proma_megatron.checkpoints.integrity import INDEX
+from proma_megatron.files import size_and_checksum
+from proma_megatron.runs.checkpoint_folder import (
     MARKER,
     is_complete,
     newest,
     read_marker,
     write_marker,
 )
-from proma_megatron.checkpoints.integrity import INDEX
-from proma_megatron.storage import size_and_checksum
 
 Undisturbed = Callable[..., Drill]
 RUN = Path("runs/run")  # from where the run was started

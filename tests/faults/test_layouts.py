@@ -13,8 +13,8 @@ from support.ledger import record
 from support.losses import differences, values
 from support.pooled import untimed
 
-from proma_megatron.metrics import read_metrics
-from proma_megatron.run_dir import RunDir
+from proma_megatron.observability.metrics import read_metrics
+from proma_megatron.runs.directory import RunDir
 
 Undisturbed = Callable[..., Drill]
 FLOAT64 = ("model.dtype=float64", "trainer.keep_last=null")

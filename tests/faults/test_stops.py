@@ -16,7 +16,7 @@ from support.ledger import record
 from support.losses import differences
 from support.rewards import MOOD
 
-from proma_megatron.stopping import EXIT_STOPPED, RunStopped
+from proma_megatron.processes.stopping import EXIT_STOPPED, RunStopped
 
 USR1 = partial(send, signal.SIGUSR1)
 Undisturbed = Callable[..., Drill]
@@ -88,7 +88,7 @@ def test_stopped_anywhere_it_loses_nothing(
 
 def an_hour_passes() -> None:
     """For whoever asks how much time is left."""
-    from proma_megatron.stopping import Stops
+    from proma_megatron.processes.stopping import Stops
 
     before = Stops.time_left
     Stops.time_left = lambda self: before(self) - 3600  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from proma_megatron.batching.packing import plan_microbatches
-from proma_megatron.config import RunConfig
+from proma_megatron.config.sections import RunConfig
 from proma_megatron.planning.counts import count
 from proma_megatron.planning.decoding import KEPT_ROWS
 from proma_megatron.planning.knobs import with_override
@@ -169,8 +169,8 @@ def test_one_microbatch_projects_nothing() -> None:
 
 def test_constants_are_those_of_the_code() -> None:
     """Their modules import Megatron, which planning must not."""
-    from proma_megatron.policy.logprobs import CHUNK
-    from proma_megatron.rollout.generator import KEEP_FRACTION
+    from proma_megatron.model.logprobs import CHUNK
+    from proma_megatron.rollout.megatron import KEEP_FRACTION
 
     assert LOSS_CHUNK == CHUNK
     assert KEPT_ROWS == KEEP_FRACTION

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from proma_megatron.cli import app
-from proma_megatron.config_file import load_config
+from proma_megatron.config.loading import load_config
+from proma_megatron.data.loading import vocabulary
 from proma_megatron.planning.plan import make_plan
-from proma_megatron.rollout.source import vocabulary
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 H100 = 76 * 2**30  # of 80 GB, what the CUDA context and NCCL leave

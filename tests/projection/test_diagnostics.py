@@ -14,10 +14,10 @@ from support.gradients import TINY, Batch, random_batch, unit_figures
 from support.paper import project_to_complement
 from support.pool import WorkerPool
 
-from proma_megatron.config import ParallelConfig, ProjectionConfig
+from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.diagnostics import Tally, UnitSums
-from proma_megatron.projection.rules import Rule, solve
+from proma_megatron.projection.rules.proma import Rule, solve
 
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.11.mlp.up_proj.weight")
 

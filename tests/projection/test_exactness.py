@@ -37,7 +37,7 @@ from support.gradients import TINY, captured_gradients, gradients
 from support.pool import WorkerPool
 from support.reference import reference_gradients
 
-from proma_megatron.config import ParallelConfig, ProjectionConfig
+from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
 
 # --------------------------------------------------------------------------- one process
 

@@ -14,7 +14,7 @@ from support.cases import BATCHES, MODELS, OTHER_RULES, PROJECTIONS, Case, asser
 from support.gpu_jobs import backward_without_waiting, products, solved
 from support.pool import WorkerPool
 
-from proma_megatron import extras
+from proma_megatron.distributed import libraries
 
 pytestmark = pytest.mark.gpu
 
@@ -91,7 +91,7 @@ def test_a_wait_would_be_noticed(gpu_worker: WorkerPool) -> None:
 def test_apexs_products_are_exact_but_for_float32(
     gpu_worker: WorkerPool, lengths: tuple[int, ...]
 ) -> None:
-    if not extras.has_fused_weight_gradient():
+    if not libraries.has_fused_weight_gradient():
         pytest.skip("NVIDIA Apex with fused_weight_gradient_mlp_cuda is not installed")
     (errors,) = gpu_worker.run(1, products, engine="apex", lengths=lengths, rows=(32, 96))
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}

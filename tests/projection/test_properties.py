@@ -28,9 +28,9 @@ from support.gradients import (
 )
 from support.pool import WorkerPool
 
-from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
-from proma_megatron.exactness.accumulate import denominator
-from proma_megatron.records import TrainingSequence
+from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.learner.gradients import denominator
+from proma_megatron.types import TrainingSequence
 
 MODEL = TINY.model_copy(update={"layers": 2, "qkv_bias": True})
 SHARDED = ParallelConfig(tensor=2, sequence=True)

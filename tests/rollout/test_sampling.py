@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.generation import draws_from_shards
 from support.pool import WorkerPool
 
-from proma_megatron.config import ParallelConfig
+from proma_megatron.config.sections import ParallelConfig
 from proma_megatron.rollout.sampling import noise, sample
 
 GRID = 4000

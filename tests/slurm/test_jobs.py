@@ -23,9 +23,9 @@ from support.slurm_jobs import (
 )
 from support.sshd import SshServer, missing_ssh, private_home_command
 
-from proma_megatron.metrics import read_metrics
-from proma_megatron.run_dir import RunDir
-from proma_megatron.stopping import EXIT_STOPPED, RunStopped
+from proma_megatron.observability.metrics import read_metrics
+from proma_megatron.processes.stopping import EXIT_STOPPED, RunStopped
+from proma_megatron.runs.directory import RunDir
 
 pytestmark = pytest.mark.slurm
 

@@ -14,17 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config import ModelConfig, RunConfig
-from proma_megatron.policy.attention import KeyValueCache
-from proma_megatron.policy.losses.options import REINFORCE, UNIT
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.config.sections import ModelConfig, RunConfig
+from proma_megatron.distributed.topology import Topology, layout
+from proma_megatron.learner.optimizer import Optimizer
+from proma_megatron.learner.schedule import forward_backward
+from proma_megatron.losses.options import REINFORCE, UNIT
+from proma_megatron.model.attention import KeyValueCache
+from proma_megatron.model.policy import Policy, build_policy
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.records import Microbatch, TrainingSequence
-from proma_megatron.rollout import generator
-from proma_megatron.rollout.generator import SamplingOptions, generate
-from proma_megatron.topology import Topology, layout
+from proma_megatron.rollout import megatron as generator
+from proma_megatron.rollout.megatron import SamplingOptions, generate
+from proma_megatron.types import Microbatch, TrainingSequence
 
 # --------------------------------------------------------------------------- what is live
 

@@ -17,19 +17,19 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from proma_megatron.batching.packing import pack
 from proma_megatron.checkpoints import saving
 from proma_megatron.checkpoints.compatibility import layout_of, optimizer_of, shape_of
-from proma_megatron.checkpoints.folder import Marker, checkpoints, is_complete
 from proma_megatron.checkpoints.loading import load_checkpoint
 from proma_megatron.checkpoints.saving import Retention, Saved, Saver
 from proma_megatron.checkpoints.sharded import Contents
-from proma_megatron.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
-from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.losses.options import REINFORCE
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.schedule import forward_backward
-from proma_megatron.snapshots import WeightSnapshot
-from proma_megatron.storage import StorageError
-from proma_megatron.topology import Topology, layout
+from proma_megatron.config.sections import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from proma_megatron.distributed.topology import Topology, layout
+from proma_megatron.files import StorageError
+from proma_megatron.learner.optimizer import Optimizer
+from proma_megatron.learner.schedule import forward_backward
+from proma_megatron.learner.snapshots import WeightSnapshot
+from proma_megatron.losses.options import REINFORCE
+from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.runs.checkpoint_folder import Marker, checkpoints, is_complete
+from proma_megatron.weights.gathering import gather
 from support.gradients import TINY, VOCAB, random_batch
 
 Weights = dict[str, torch.Tensor]

@@ -52,8 +52,8 @@ def forked_proma(
     with (
         contextlib.chdir(cwd),
         mock.patch.object(sys, "path", [str(cwd), *sys.path]),
-        mock.patch("proma_megatron.launcher.start_workers", start),
-        mock.patch("proma_megatron.jobs.start_workers", start),
+        mock.patch("proma_megatron.commands.train.command.start_workers", start),
+        mock.patch("proma_megatron.processes.ranks.start_workers", start),
     ):
         return proma_here(*arguments)
 

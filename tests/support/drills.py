@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from proma_megatron.failure import LAUNCHED
-from proma_megatron.run_dir import RunDir
+from proma_megatron.processes.failures import LAUNCHED
+from proma_megatron.runs.directory import RunDir
 from support.command import forked_proma
 from support.forked import forked_start_workers, run_main
 
@@ -53,7 +53,7 @@ MOMENTS = {
     "marker": "proma_megatron.checkpoints.saving:write_marker",
     "links": "proma_megatron.checkpoints.saving:point",  # complete, and retention has removed
     "removal": "proma_megatron.checkpoints.saving:remove",
-    "report": "proma_megatron.metrics:_append_line",
+    "report": "proma_megatron.observability.metrics:_append_line",
 }
 MAIN = ("index", "marker", "links", "removal", "report")
 
@@ -132,8 +132,8 @@ def drilled_main(
     Args:
         options: "scoring": rewards in processes of their own; "torchrun": as if it had started us.
     """
-    from proma_megatron.rollout.scoring import Scorer
-    from proma_megatron.watchdog import Phases
+    from proma_megatron.processes.watchdog import Phases
+    from proma_megatron.rewards.pool import Scorer
 
     if "torchrun" in options:
         del os.environ[LAUNCHED]

@@ -15,14 +15,14 @@ from unittest import mock
 
 import torch
 
-from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
-from proma_megatron.exactness.accumulate import denominator, replica_share
-from proma_megatron.policy.losses.options import UNIT
-from proma_megatron.policy.model import Policy
-from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.learner.gradients import denominator, replica_share
+from proma_megatron.learner.schedule import forward_backward
+from proma_megatron.losses.options import UNIT
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.projection.gemm import ApexGemm, Gemm, TorchGemm, TransformerEngineGemm
-from proma_megatron.records import TrainingSequence
+from proma_megatron.projection.factors.gemm import ApexGemm, Gemm, TorchGemm, TransformerEngineGemm
+from proma_megatron.types import TrainingSequence
 from support.gradients import _policy
 
 Engine = Literal["transformer_engine", "apex"]

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config import ParallelConfig, ProjectionConfig
-from proma_megatron.exactness.accumulate import denominator
-from proma_megatron.policy.losses.options import UNIT
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.learner.gradients import denominator
+from proma_megatron.learner.schedule import forward_backward
+from proma_megatron.losses.options import UNIT
+from proma_megatron.model.policy import Policy, build_policy
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.topology import layout
 from support.gradients import TINY, VOCAB, random_batch
 
 

@@ -29,10 +29,10 @@ from unittest import mock
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from proma_megatron import startup
-from proma_megatron.config import ProcessConfig
-from proma_megatron.failure import LAUNCHED, first_error, forget_earlier
-from proma_megatron.stopping import RunStopped
+from proma_megatron.config.sections import ProcessConfig
+from proma_megatron.processes import entry
+from proma_megatron.processes.failures import LAUNCHED, first_error, forget_earlier
+from proma_megatron.processes.stopping import RunStopped
 
 _PRELOADED = "support.preloaded"
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -201,7 +201,7 @@ def _rank(streams: tuple[Path, Path], function: Callable[..., object], *args: An
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.modules["__main__"] = startup  # which scoring processes import
+    sys.modules["__main__"] = entry  # which scoring processes import
     function(*args)
 
 

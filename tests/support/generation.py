@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config import ModelConfig, ParallelConfig
-from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.losses.options import UNIT
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.schedule import evaluate_logprobs, forward_backward
-from proma_megatron.records import Microbatch, TrainingSequence
-from proma_megatron.rollout import generator
-from proma_megatron.rollout.generator import Completion, SamplingOptions, generate
+from proma_megatron.config.sections import ModelConfig, ParallelConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.learner.schedule import evaluate_logprobs, forward_backward
+from proma_megatron.losses.options import UNIT
+from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.rollout import megatron as generator
+from proma_megatron.rollout.megatron import Completion, SamplingOptions, generate
 from proma_megatron.rollout.sampling import sample_shard
-from proma_megatron.topology import layout
+from proma_megatron.types import Microbatch, TrainingSequence
+from proma_megatron.weights.gathering import gather
 
 SEED = 11
 NO_EOS = -1

@@ -15,17 +15,17 @@ from benchmarks.cost import ways
 from benchmarks.cost.settings import Effort
 from benchmarks.gpu import rank
 from benchmarks.gpu.settings import Setting
-from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
-from proma_megatron.exactness.accumulate import accumulate, denominator, replica_share
-from proma_megatron.policy.losses.options import UNIT
-from proma_megatron.policy.model import Policy
-from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.learner.gradients import accumulate, denominator, replica_share
+from proma_megatron.learner.schedule import forward_backward
+from proma_megatron.losses.options import UNIT
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.projection.gemm import ApexGemm, TransformerEngineGemm
-from proma_megatron.projection.rules import Rule, solve
-from proma_megatron.projection.validity import Figures
-from proma_megatron.records import Sequences
-from proma_megatron.topology import layout
+from proma_megatron.projection.factors.gemm import ApexGemm, TransformerEngineGemm
+from proma_megatron.projection.fp8_gate import Figures
+from proma_megatron.projection.rules.proma import Rule, solve
+from proma_megatron.types import Sequences
 from support.engines import Engine
 from support.gradients import Batch, _main_grads, _policy
 

@@ -14,21 +14,21 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
-from proma_megatron.exactness.accumulate import denominator, projected_gradients, replica_share
-from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.logprobs import vocab_parallel_logprobs
-from proma_megatron.policy.losses.loss import policy_loss
-from proma_megatron.policy.losses.options import REINFORCE, UNIT
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.parameters import fill, tensor_shapes
-from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.learner.gradients import denominator, projected_gradients, replica_share
+from proma_megatron.learner.schedule import forward_backward
+from proma_megatron.losses.options import REINFORCE, UNIT
+from proma_megatron.losses.policy_loss import policy_loss
+from proma_megatron.model.logprobs import vocab_parallel_logprobs
+from proma_megatron.model.policy import Policy, build_policy
 from proma_megatron.projection import accumulator as accumulator_module
-from proma_megatron.projection import solver
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.projection.solver import Capture
-from proma_megatron.records import Microbatch, TrainingSequence
-from proma_megatron.topology import layout
+from proma_megatron.projection.updaters import updater
+from proma_megatron.projection.updaters.updater import Capture
+from proma_megatron.types import Microbatch, TrainingSequence
+from proma_megatron.weights.gathering import gather
+from proma_megatron.weights.mapping import fill, tensor_shapes
 
 VOCAB = 251  # prime: never divides before padding
 TINY = ModelConfig(
@@ -258,7 +258,7 @@ def collectives(
     original = dist.all_reduce
 
     def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals["__name__"] == solver.__name__:
+        if sys._getframe(1).f_globals["__name__"] == updater.__name__:
             sizes.append(tensor.numel())
         return original(tensor, *args, **kwargs)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.cluster import Cluster
-from launch.connection import UnreachableError
+from proma_megatron.launching.cluster import Cluster
+from proma_megatron.launching.connection import UnreachableError
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = sorted((ROOT / "launch" / "clusters").glob("*.yaml"))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from proma_megatron.config import ConfigError, ParallelConfig
-from proma_megatron.topology import layout
+from proma_megatron.config.sections import ConfigError, ParallelConfig
+from proma_megatron.distributed.topology import layout
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from proma_megatron.checkpoints.folder import checkpoints, is_complete, read_marker
-from proma_megatron.metrics import read_metrics
-from proma_megatron.run_dir import RunDir
+from proma_megatron.observability.metrics import read_metrics
+from proma_megatron.runs.checkpoint_folder import checkpoints, is_complete, read_marker
+from proma_megatron.runs.directory import RunDir
 from support.pooled import untimed
 
 

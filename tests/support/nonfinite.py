@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from proma_megatron import nonfinite
 from proma_megatron.batching.batch_file import read_batch
-from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
-from proma_megatron.exactness.accumulate import projected_gradients
-from proma_megatron.learner import Learner
-from proma_megatron.nonfinite import Offence, dump
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.optimizer import Optimizer
+from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.distributed.topology import Topology, layout
+from proma_megatron.learner import nonfinite
+from proma_megatron.learner.gradients import projected_gradients
+from proma_megatron.learner.learner import Learner
+from proma_megatron.learner.nonfinite import Offence, dump
+from proma_megatron.learner.optimizer import Optimizer
+from proma_megatron.model.policy import Policy, build_policy
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.records import TrainingSequence
-from proma_megatron.topology import Topology, layout
+from proma_megatron.types import TrainingSequence
 from support.gradients import VOCAB
 from support.learning import SEED, Tensors, gathered, learning
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from proma_megatron.startup import defer_compilation
+from proma_megatron.processes.entry import defer_compilation
 from support.forked import Process
 
 MAX_WORKERS = 4
@@ -59,7 +59,7 @@ def _run(
     world_size: int,
     store: dist.Store,
 ) -> Any:
-    from proma_megatron.topology import setup_device
+    from proma_megatron.distributed.topology import setup_device
 
     os.environ["LOCAL_RANK"] = str(rank)
     device = setup_device(device_type)

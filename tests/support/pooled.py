@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from proma_megatron.config import RunConfig
-from proma_megatron.config_file import load_config
-from proma_megatron.launcher import _prepare
-from proma_megatron.rollout.scoring import Scorer
-from proma_megatron.run_dir import RunDir
-from proma_megatron.topology import layout
-from proma_megatron.worker import _run_in_group
+from proma_megatron.commands.train.command import _prepare
+from proma_megatron.commands.train.rank import _run_in_group
+from proma_megatron.config.loading import load_config
+from proma_megatron.config.sections import RunConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.rewards.pool import Scorer
+from proma_megatron.runs.directory import RunDir
 from support.pool import WorkerPool
 
 
@@ -61,7 +61,7 @@ class PooledStarts:
         self.workers = workers
 
     def start_workers(self, module: str, arguments: Sequence[str], *, count: int, **_: Any) -> None:
-        assert module == "proma_megatron.worker"
+        assert module == "proma_megatron.commands.train.rank"
         path, *flags = arguments
         self.workers.run(
             count,
@@ -81,7 +81,7 @@ def run_in_pool(workers: WorkerPool, config: RunConfig, *, resume: bool = False)
     run_dir = _prepare(config, resume=resume, overwrite=not resume)
     arguments = [str(run_dir.config), *(["--resume"] if resume else [])]
     PooledStarts(workers).start_workers(
-        "proma_megatron.worker", arguments, count=config.parallel.world_size
+        "proma_megatron.commands.train.rank", arguments, count=config.parallel.world_size
     )
     return run_dir
 

@@ -11,14 +11,14 @@ import os
 
 import torch
 
-from proma_megatron.startup import defer_compilation
+from proma_megatron.processes.entry import defer_compilation
 
 LOADED_BY = os.getpid()
 MODULES = (
-    "proma_megatron.worker",
-    "proma_megatron.evaluation.worker",
-    "proma_megatron.exactness.worker",
-    "proma_megatron.export.worker",
+    "proma_megatron.commands.train.rank",
+    "proma_megatron.commands.evaluate.rank",
+    "proma_megatron.commands.gradients.rank",
+    "proma_megatron.commands.export.rank",
     "transformers",
     # What a run imports when it first takes a step or saves.
     "torch._dynamo",

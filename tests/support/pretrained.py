@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from proma_megatron.batching.packing import pack
 from proma_megatron.checkpoints.loading import load_policy
-from proma_megatron.config import RunConfig
-from proma_megatron.config_file import validate_config
-from proma_megatron.policy import huggingface
-from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.model import Policy
-from proma_megatron.policy.schedule import evaluate_logprobs
-from proma_megatron.records import Microbatch, TrainingSequence
-from proma_megatron.topology import layout
+from proma_megatron.config.loading import validate_config
+from proma_megatron.config.sections import RunConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.learner.schedule import evaluate_logprobs
+from proma_megatron.model.policy import Policy
+from proma_megatron.types import Microbatch, TrainingSequence
+from proma_megatron.weights import huggingface
+from proma_megatron.weights.gathering import gather
 
 Layout = dict[str, object]
 
@@ -80,7 +80,7 @@ def _microbatch(policy: Policy, sequences: Sequence[list[int]]) -> Microbatch:
 
 def _logits(policy: Policy, sequences: Sequence[list[int]]) -> list[torch.Tensor] | None:
     """Whole rows of logits, put together from the columns of the tensor ranks."""
-    from proma_megatron.policy import schedule
+    from proma_megatron.learner import schedule
 
     topology, found = policy.topology, []
     microbatch = _microbatch(policy, sequences)
@@ -108,7 +108,7 @@ def logprobs_of(
     device: torch.device, run: Path, parallel: Layout, sequences: Sequence[list[int]]
 ) -> torch.Tensor | None:
     """The trainer's log-probabilities of each next token, from a run's newest checkpoint."""
-    from proma_megatron.saved import open_saved
+    from proma_megatron.runs.policies import open_saved
 
     changes = [f"parallel.{key}={value}" for key, value in parallel.items()]
     saved = open_saved(run, changes)

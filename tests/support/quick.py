@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 
-from proma_megatron.startup import defer_compilation
+from proma_megatron.processes.entry import defer_compilation
 
 
 def _share_bytecode() -> tempfile.TemporaryDirectory[str]:

@@ -24,8 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from proma_megatron.config import ModelConfig, ProjectionConfig
-from proma_megatron.records import TrainingSequence
+from proma_megatron.config.sections import ModelConfig, ProjectionConfig
+from proma_megatron.types import TrainingSequence
 from support.gradients import VOCAB, Batch, random_weights
 from support.paper import complement, deflated, isopo_advantages
 

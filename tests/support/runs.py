@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from proma_megatron.checkpoints.folder import Marker, write_marker
+from proma_megatron.runs.checkpoint_folder import Marker, write_marker
 
 Row = dict[str, Any]
 

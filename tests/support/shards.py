@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from proma_megatron.config import ModelConfig, ParallelConfig
-from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.model import build_policy
-from proma_megatron.policy.parameters import Run, fill, parameter_shards
-from proma_megatron.topology import layout
+from proma_megatron.config.sections import ModelConfig, ParallelConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.model.policy import build_policy
+from proma_megatron.weights.gathering import gather
+from proma_megatron.weights.mapping import Run, fill, parameter_shards
 from support.gradients import VOCAB, random_weights
 
 

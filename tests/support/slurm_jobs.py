@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from proma_megatron.run_dir import RunDir
+from proma_megatron.runs.directory import RunDir
 from support.command import ROOT
 from support.slurm import SEARCH, SlurmCluster, until
 from support.slurm_rewards import FOLDER

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import proma_megatron
-from proma_megatron.metrics import read_metrics
+from proma_megatron.observability.metrics import read_metrics
 
 FOLDER = "PROMA_TEST_FOLDER"  # in the environment of a job: where the test tells it things
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from proma_megatron.config import ParallelConfig
-from proma_megatron.stopping import Stops, StopSignals
-from proma_megatron.topology import layout
+from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.processes.stopping import Stops, StopSignals
 
 
 def agreement(

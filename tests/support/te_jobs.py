@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from proma_megatron.config import ModelConfig, ParallelConfig, RunConfig
-from proma_megatron.exactness.accumulate import denominator, replica_share
-from proma_megatron.learner import Learner
-from proma_megatron.policy.layers import Operands, captured_layers
-from proma_megatron.policy.losses.options import UNIT
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.schedule import forward_backward
+from proma_megatron.config.sections import ModelConfig, ParallelConfig, RunConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.learner.gradients import denominator, replica_share
+from proma_megatron.learner.learner import Learner
+from proma_megatron.learner.optimizer import Optimizer
+from proma_megatron.learner.schedule import forward_backward
+from proma_megatron.losses.options import UNIT
+from proma_megatron.model.capture import Operands, captured_layers
+from proma_megatron.model.policy import Policy, build_policy
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.records import Microbatch, TrainingSequence
-from proma_megatron.topology import layout
+from proma_megatron.types import Microbatch, TrainingSequence
 from support.allocation import LiveBytes, full_microbatches, storage_bytes
 from support.gradients import Batch, _policy
 

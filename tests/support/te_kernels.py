@@ -522,13 +522,14 @@ class PackedAttention(torch.nn.Module):
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Policies that are built here may have TE's layers on the CPU."""
-    from proma_megatron.policy import model, te_layers
+    from proma_megatron.model import policy as model
+    from proma_megatron.model import te_capture
 
     def choose(compute: Any, device: str) -> str:
         return "torch" if compute.backend == "torch" else "transformer_engine"
 
     with (
         mock.patch.object(model, "choose_backend", choose),
-        mock.patch.object(te_layers, "_PackedAttention", PackedAttention),
+        mock.patch.object(te_capture, "_PackedAttention", PackedAttention),
     ):
         yield

@@ -10,15 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proma_megatron.batching.packing import loss_tokens, pack
-from proma_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from proma_megatron.policy.gathering import gather
-from proma_megatron.policy.losses.options import REINFORCE
-from proma_megatron.policy.model import Policy, build_policy
-from proma_megatron.policy.optimizer import Optimizer
-from proma_megatron.policy.parameters import ParameterShard
-from proma_megatron.policy.schedule import Sums, evaluate_logprobs, forward_backward
-from proma_megatron.records import Microbatch, TrainingSequence
-from proma_megatron.topology import layout
+from proma_megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.learner.optimizer import Optimizer
+from proma_megatron.learner.schedule import Sums, evaluate_logprobs, forward_backward
+from proma_megatron.losses.options import REINFORCE
+from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.types import Microbatch, TrainingSequence
+from proma_megatron.weights.gathering import gather
+from proma_megatron.weights.mapping import ParameterShard
 from support.gradients import VOCAB, Batch
 
 SEED = 7

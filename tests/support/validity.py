@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config import ParallelConfig, ProjectionConfig
-from proma_megatron.policy.parameters import ParameterShard, Reduction
-from proma_megatron.projection.contraction import Rows
+from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.distributed.topology import Axis, Topology, layout
+from proma_megatron.projection.factors.contraction import Rows
+from proma_megatron.projection.factors.workspace import Workspace
+from proma_megatron.projection.fp8_gate import Figures, Pair, ValidityGate
 from proma_megatron.projection.units import Unit
-from proma_megatron.projection.validity import Figures, Pair, ValidityGate
-from proma_megatron.projection.workspace import Workspace
-from proma_megatron.records import Microbatch, TrainingSequence
-from proma_megatron.topology import Axis, Topology, layout
+from proma_megatron.types import Microbatch, TrainingSequence
+from proma_megatron.weights.mapping import ParameterShard, Reduction
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from proma_megatron.config import ParallelConfig
-from proma_megatron.policy import logprobs as module
-from proma_megatron.topology import layout
+from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.distributed.topology import layout
+from proma_megatron.model import logprobs as module
 
 
 @dataclass(frozen=True)

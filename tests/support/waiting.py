@@ -10,8 +10,9 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proma_megatron.projection import solver, waiting
+from proma_megatron.projection import host_sync
 from proma_megatron.projection.accumulator import Accumulator
+from proma_megatron.projection.updaters import updater
 from support.gradients import gradients
 
 # Operations that read values on the host, by name; `_waits` has those that do so only sometimes.
@@ -90,7 +91,7 @@ class _Watch(TorchDispatchMode):
 
 def behind(device: torch.device, **arguments: Any) -> dict[str, torch.Tensor]:
     """`gradients`, computed as where the host must not wait for the device."""
-    with mock.patch.object(waiting, "asynchronous", return_value=True):
+    with mock.patch.object(host_sync, "asynchronous", return_value=True):
         return gradients(device, **arguments)
 
 
@@ -119,22 +120,22 @@ class _Products(TorchDispatchMode):
 def products_beside_sums(device: torch.device, **arguments: Any) -> list[int]:
     """A job: of each sum over tensor ranks, how many products came before it was waited for."""
     products, begun, found = _Products(), {}, []
-    start, wait = solver.start_sum, solver.Sum.wait
+    start, wait = updater.start_sum, updater.Sum.wait
 
-    def starting(*given: Any) -> solver.Sum:
+    def starting(*given: Any) -> updater.Sum:
         made = start(*given)
         if made.work is not None:
             begun[id(made)] = products.count
         return made
 
-    def waited(made: solver.Sum) -> list[torch.Tensor]:
+    def waited(made: updater.Sum) -> list[torch.Tensor]:
         if id(made) in begun:
             found.append(products.count - begun.pop(id(made)))
         return wait(made)
 
     with (
-        mock.patch.object(solver, "start_sum", starting),
-        mock.patch.object(solver.Sum, "wait", waited),
+        mock.patch.object(updater, "start_sum", starting),
+        mock.patch.object(updater.Sum, "wait", waited),
         products,
     ):
         gradients(device, **arguments)

@@ -4,7 +4,7 @@ import pytest
 from support.pool import WorkerPool
 from support.te_pool import TransformerEnginePool, source
 
-from proma_megatron.extras import transformer_engine_problem
+from proma_megatron.distributed.libraries import transformer_engine_problem
 
 
 @pytest.fixture(scope="session")

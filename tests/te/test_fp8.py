@@ -24,7 +24,7 @@ from support.te_jobs import (
 )
 from support.te_pool import TransformerEnginePool
 
-from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
 
 pytestmark = pytest.mark.te
 

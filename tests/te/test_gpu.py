@@ -25,9 +25,9 @@ from support.gradients import VOCAB, Batch, random_batch
 from support.pool import WorkerPool
 from support.te_jobs import WIDE, Seen, seen
 
-from proma_megatron.config import ModelConfig, ParallelConfig, ProjectionConfig
-from proma_megatron.recipes import RECIPES, Recipe
-from proma_megatron.records import TrainingSequence
+from proma_megatron.config.fp8 import RECIPES, Recipe
+from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.types import TrainingSequence
 
 # Heads of 64, two to a key head, as TE's attention kernels take them; dimensions are multiples of
 # 128, which FP8 in blocks asks for.

@@ -14,9 +14,9 @@ from support.pooled import TINY_RUN, rl_rows, run_in_pool
 from support.te_jobs import capture_check, skipped_update
 from support.te_pool import TransformerEnginePool
 
-from proma_megatron.checkpoints.folder import read_marker
-from proma_megatron.config import ParallelConfig
-from proma_megatron.config_file import load_config
+from proma_megatron.config.loading import load_config
+from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.runs.checkpoint_folder import read_marker
 
 pytestmark = pytest.mark.te
 
@@ -33,7 +33,7 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Of the RL steps of a tiny run."""
     # The machine has no GPU, which is what this would find.
-    monkeypatch.setattr("proma_megatron.launcher.check_precision", lambda *_: None)
+    monkeypatch.setattr("proma_megatron.commands.train.command.check_precision", lambda *_: None)
     source = path / "run.yaml"
     source.write_text(yaml.safe_dump({"name": "run", "root": str(path)}))
     arguments = [*TINY_RUN, MODEL, "model.dtype=bfloat16", "model.fp8=current", *overrides]

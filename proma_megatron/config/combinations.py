@@ -1,0 +1,224 @@
+"""What each algorithm is made of, and what goes together: the one place that decides.
+
+An algorithm is a policy loss and a way to accumulate gradients. Without an accumulator of ours any
+loss goes. With one, backward carries *unit* losses, sequence by sequence without their advantages,
+and the accumulator multiplies advantages with the weight gradients of whole sequences. That is
+exact where the gradient of a sequence's loss is its advantage times something that doesn't know
+the advantage: a loss whose weights on tokens are the same whatever the advantage's sign. Clipping
+on one side for each sign is not, nor is an entropy bonus or a KL penalty in the loss, which have no
+advantage at all; those are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from proma_megatron.losses.options import CLIPPED, LossOptions
+
+if TYPE_CHECKING:
+    from proma_megatron.config.sections import RunConfig
+
+# What each algorithm may do while gradients accumulate; the first is its default.
+RULES: dict[str, tuple[str, ...]] = {
+    "proma": ("exact", "iterative", "ridge", "none"),
+    "intra_proma": ("subspace",),
+    "isopo": ("kernel", "norm"),
+}
+# Clipping ranges (low, high) where the configuration leaves them open. PPO's and GRPO's 0.2; GSPO's
+# from its section 5.1 (arXiv:2507.18071); CISPO (arXiv:2506.13585) clips above only.
+_CLIPS = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.2)}
+# As in the papers of those three; the others are means over tokens, as in PROMA's published runs.
+_AGGREGATIONS = {"gspo": "sequence_mean", "dr_grpo": "sequence_sum"}
+
+
+def loss_kind(config: RunConfig) -> str:
+    """The policy loss of this run."""
+    if config.loss.kind is not None:
+        return config.loss.kind
+    return "reinforce" if config.algorithm in RULES else config.algorithm
+
+
+def loss_options(config: RunConfig) -> LossOptions:
+    """The policy loss of this run, with everything that the configuration leaves open."""
+    loss, kind = config.loss, loss_kind(config)
+    low, high = _CLIPS.get(kind, (0.2, 0.2))
+    split = config.batching.minibatches > 1
+    return LossOptions(
+        kind=kind,
+        unit=config.projects,
+        importance=loss.importance == "on" or (loss.importance == "auto" and split),
+        clip_low=(low if loss.clip_low is None else loss.clip_low) if loss.clip else None,
+        clip_high=(high if loss.clip_high is None else loss.clip_high) if loss.clip else None,
+        dual_clip=loss.dual_clip,
+        entropy=loss.entropy,
+        kl=loss.kl.coefficient if loss.kl.place == "loss" else 0.0,
+        kl_estimator=loss.kl.estimator,
+        kl_reference=loss.kl.reference,
+    )
+
+
+def aggregation(config: RunConfig) -> tuple[str, float]:
+    """How token losses become one number, and the constant of ``sequence_sum``."""
+    chosen = config.loss.aggregation or _AGGREGATIONS.get(loss_kind(config), "token_mean")
+    constant = config.loss.aggregation_constant or float(config.rollout.max_new_tokens)
+    return chosen, constant
+
+
+def normalizes_std(config: RunConfig) -> bool:
+    """Whether advantages are divided by a standard deviation."""
+    chosen = config.advantage.normalize_std
+    return config.advantage.estimator == "reinforce_plus_plus" if chosen is None else chosen
+
+
+def combination_problems(config: RunConfig) -> Iterator[str]:
+    """Why algorithm, accumulation and loss don't go together."""
+    yield from _accumulation_problems(config)
+    yield from _loss_problems(config)
+    if config.projects:
+        yield from _unit_loss_problems(config)
+
+
+def _accumulation_problems(config: RunConfig) -> Iterator[str]:
+    algorithm, projection, model = config.algorithm, config.projection, config.model
+    rules = RULES.get(algorithm)
+    owner = next((name for name, own in RULES.items() if projection.rule in own), None)
+    if rules is None:
+        # PROMA's rules stay in files whose runs differ in the algorithm alone.
+        if owner != "proma":
+            yield (
+                f"projection.rule is {projection.rule} with algorithm={algorithm}, which does not "
+                f"use it; use algorithm={owner}, or leave projection.rule out"
+            )
+        return
+    if projection.rule not in rules:
+        yield (
+            f"projection.rule is {projection.rule} with algorithm={algorithm}, which "
+            f"{_DOES[algorithm]}; use {_either(rules)}"
+            + (f", or algorithm={owner}" if owner else "")
+        )
+    narrow = min(model.hidden_size, model.kv_heads * model.head_dim, model.ffn_hidden_size)
+    if algorithm == "intra_proma" and projection.rank >= narrow:
+        yield (
+            f"projection.rank is {projection.rank}, but the smallest weight has only {narrow} "
+            "rows or columns, which would all be removed; use a smaller rank"
+        )
+
+
+_DOES = {
+    "proma": "projects what has been accumulated on the complement of sequence gradients",
+    "intra_proma": "projects each microbatch's own gradient by dominant subspaces",
+    "isopo": "projects nothing, but transforms the advantages of a microbatch unit by unit",
+}
+
+
+def _loss_problems(config: RunConfig) -> Iterator[str]:
+    loss, kind, algorithm = config.loss, loss_kind(config), config.algorithm
+    if loss.kind is not None and algorithm not in RULES and loss.kind != algorithm:
+        yield (
+            f"loss.kind is {loss.kind} with algorithm={algorithm}, which has a loss of its own; "
+            f"use algorithm={loss.kind}, or leave loss.kind out"
+        )
+    if kind == "gspo" and loss.ratio == "token":
+        yield (
+            "loss.ratio is token with the loss gspo, whose ratio and clipping are of whole "
+            "sequences; use ppo or grpo to clip tokens, or leave loss.ratio out"
+        )
+    if loss.ratio == "sequence" and kind != "gspo":
+        yield (
+            f"loss.ratio is sequence with the loss {kind}, whose ratio is of single tokens; use "
+            "gspo for ratios of sequences"
+        )
+    if loss.dual_clip is not None and kind not in ("ppo", "grpo", "dr_grpo"):
+        yield (
+            f"loss.dual_clip is {loss.dual_clip} with the loss {kind}, which it is not defined "
+            "for; use ppo, grpo or dr_grpo, or null"
+        )
+    if loss.dual_clip is not None and not loss.clip:
+        yield (
+            f"loss.dual_clip is {loss.dual_clip} with loss.clip=false; clip, or set "
+            "loss.dual_clip to null"
+        )
+    if loss.kl.place == "reward" and loss.kl.reference == "rollout" and loss.kl.coefficient:
+        yield (
+            "loss.kl.reference is rollout with loss.kl.place=reward, where the policy is the "
+            "rollout's and the penalty always 0; use reference=initial, or place=loss"
+        )
+    kl = (loss.kl.estimator, loss.kl.place, loss.kl.reference)
+    if loss.kl.coefficient and kl == ("k1", "loss", "initial"):
+        yield (
+            "loss.kl.estimator is k1 in the loss against the initial policy, where its gradient is "
+            "0 in expectation; use k2 or k3, or loss.kl.place=reward"
+        )
+    if loss.kl.coefficient and kl[1:] == ("loss", "rollout") and config.batching.minibatches == 1:
+        yield (
+            "loss.kl.reference is rollout in the loss with batching.minibatches=1, where the "
+            "policy is still the one that sampled; use at least 2 minibatches, or "
+            "loss.kl.reference=initial"
+        )
+    if config.batching.zero_advantage == "drop" and (
+        loss.entropy or (loss.kl.coefficient and loss.kl.place == "loss")
+    ):
+        yield (
+            "batching.zero_advantage is drop with an entropy bonus or a KL penalty in the loss, "
+            "which sequences of advantage 0 have as well; use keep"
+        )
+    if loss.kl.target is not None and not loss.kl.coefficient:
+        yield (
+            f"loss.kl.target is {loss.kl.target} with loss.kl.coefficient=0, which doubling "
+            "leaves at 0; give a first coefficient such as 1"
+        )
+
+
+def _unit_loss_problems(config: RunConfig) -> Iterator[str]:
+    """Why sequence gradients of this loss don't know their advantage only as a factor."""
+    loss, kind, algorithm = config.loss, loss_kind(config), config.algorithm
+    if kind in CLIPPED and loss.clip:
+        yield (
+            f"loss.kind is {kind} with algorithm={algorithm}: it clips on one side for each sign "
+            "of the advantage, so a sequence's gradient is not its advantage times one direction; "
+            "use loss.kind=cispo or reinforce, or loss.clip=false"
+        )
+    if loss.entropy:
+        yield (
+            f"loss.entropy is {loss.entropy} with algorithm={algorithm}: the bonus has no "
+            "advantage that the accumulator could multiply with; use 0, or algorithm=reinforce"
+        )
+    if loss.kl.coefficient and loss.kl.place == "loss":
+        yield (
+            f"loss.kl.coefficient is {loss.kl.coefficient} with algorithm={algorithm}: a penalty "
+            "in the loss has no advantage that the accumulator could multiply with; use "
+            "loss.kl.place=reward, or algorithm=reinforce"
+        )
+
+
+def estimator_problems(config: RunConfig) -> Iterator[str]:
+    """Why advantages can't be estimated from the samples of a step."""
+    advantage, samples = config.advantage, config.rollout.samples_per_prompt
+    if samples < 2:
+        yield (
+            f"rollout.samples_per_prompt is {samples}, expected at least 2: advantages are "
+            f"relative to the other samples of a prompt (advantage.estimator={advantage.estimator})"
+        )
+    if advantage.estimator == "rloo" and advantage.normalize_std:
+        yield (
+            "advantage.normalize_std is true with advantage.estimator=rloo, which does not divide; "
+            "use leave_one_out, or leave normalize_std out"
+        )
+    if advantage.estimator == "leave_one_out" and advantage.normalize_std and samples < 3:
+        yield (
+            f"rollout.samples_per_prompt is {samples} with the standard deviation of the other "
+            "samples, expected at least 3; use more samples, or normalize_std=false"
+        )
+    if loss_kind(config) == "dr_grpo" and normalizes_std(config):
+        key = "normalize_std is true"
+        if advantage.normalize_std is None:
+            key = f"estimator is {advantage.estimator}, which divides by a standard deviation,"
+        yield (
+            f"advantage.{key} with the loss dr_grpo, which is GRPO without that division; use "
+            "grpo, or advantage.normalize_std=false"
+        )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

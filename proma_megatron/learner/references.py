@@ -1,0 +1,223 @@
+"""Policies that a step is compared with: for its loss and rewards, and for its metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from proma_megatron.config.sections import RunConfig
+from proma_megatron.learner.learner import Learner
+from proma_megatron.learner.snapshots import RunningMean, WeightSnapshot
+from proma_megatron.losses.kl import adapted, estimate
+from proma_megatron.losses.mismatch import truncated_weights
+from proma_megatron.types import TrainingSequence
+
+RANGE = 1e6  # how far an adaptive coefficient may move
+
+Batch = list[list[TrainingSequence]]  # a step's sequences, by prompt
+
+
+class References:
+    """What the loss and the rewards need of other policies; nothing where the config asks nothing.
+
+    Attributes:
+        coefficient: of the KL penalty; changes from step to step where it has a target.
+    """
+
+    def __init__(self, config: RunConfig, learner: Learner) -> None:
+        self.config, self.learner = config.loss, learner
+        self.coefficient = config.loss.kl.coefficient
+
+    @property
+    def in_loss(self) -> float:
+        """The coefficient of the penalty in the loss."""
+        return self.coefficient if self.config.kl.place == "loss" else 0.0
+
+    @property
+    def needed(self) -> bool:
+        """Whether a step asks for log-probabilities of other policies, or has a penalty."""
+        return self.config.mismatch != "off" or self.config.kl.coefficient > 0
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether the coefficient follows the divergence of each step."""
+        return self.config.kl.target is not None and self.config.kl.reference == "rollout"
+
+    def attach(self, batch: Batch, initial: WeightSnapshot) -> tuple[Batch, dict[str, float]]:
+        """The batch with log-probabilities of the reference, and with weights for the mismatch.
+
+        With ``loss.mismatch`` the trainer's own log-probabilities become those of the sampling
+        policy, and the generator's enter only through the weights. On-policy ratios are then
+        exactly 1, whatever generates.
+
+        Returns:
+            The batch, and metrics of what was found.
+        """
+        flat = _flat(batch)
+        metrics = {"loss/kl_coefficient": self.coefficient} if self.config.kl.coefficient else {}
+        if self.config.mismatch != "off":
+            own = self.learner.logprobs(flat)
+            metrics |= _disagreement(flat, own)
+            flat = [self._corrected(s, logprobs) for s, logprobs in zip(flat, own, strict=True)]
+            metrics |= self._weights(flat)
+        if self.config.kl.coefficient and self.config.kl.reference == "initial":
+            with initial.in_place():
+                found = self.learner.logprobs(flat)
+            flat = [
+                replace(s, reference_logprobs=logprobs)
+                for s, logprobs in zip(flat, found, strict=True)
+            ]
+            tokens = max(1, sum(sequence.loss_tokens for sequence in flat))
+            metrics["policy/kl_reference"] = sum(self._sum(s) for s in flat) / tokens
+        sequences = iter(flat)
+        return [[next(sequences) for _ in found] for found in batch], metrics
+
+    def _weights(self, flat: Sequence[TrainingSequence]) -> dict[str, float]:
+        weights = [w for s in flat for w in _counted(s, s.token_weights or ())]
+        cut = sum(weight >= self.config.mismatch_cap for weight in weights)
+        return {
+            "policy/mismatch_weight": sum(weights) / max(1, len(weights)),
+            "policy/mismatch_truncated": cut / max(1, len(weights)),
+        }
+
+    def _corrected(
+        self, sequence: TrainingSequence, logprobs: tuple[float, ...]
+    ) -> TrainingSequence:
+        mode, cap = self.config.mismatch, self.config.mismatch_cap
+        own, generators = _counted(sequence, logprobs), _counted(sequence, sequence.old_logprobs)
+        weights = iter(truncated_weights(own, generators, mode, cap))
+        token_weights = tuple(next(weights) if counts else 0.0 for counts in sequence.loss_mask)
+        return replace(sequence, old_logprobs=logprobs, token_weights=token_weights)
+
+    def penalties(self, batch: Batch) -> list[list[float]]:
+        """What each reward loses to the KL penalty: the coefficient times the estimate's sum."""
+        if not self.coefficient or self.config.kl.place != "reward":
+            return [[0.0] * len(found) for found in batch]
+        return [[self.coefficient * self._sum(s) for s in found] for found in batch]
+
+    def _sum(self, sequence: TrainingSequence) -> float:
+        """The estimates of a sequence's tokens, added up."""
+        assert sequence.reference_logprobs is not None
+        sampled = torch.tensor(_counted(sequence, sequence.old_logprobs), dtype=torch.float64)
+        other = torch.tensor(_counted(sequence, sequence.reference_logprobs), dtype=torch.float64)
+        return float(estimate(self.config.kl.estimator, sampled, other).sum())
+
+    def adapt(self, metrics: dict[str, float]) -> None:
+        """Move the coefficient towards the target, after a step with these metrics.
+
+        It stays within a factor of a million of the first one: beyond it, no target is near.
+        """
+        kl = self.config.kl
+        if kl.target is None:
+            return
+        found = metrics["policy/kl_step" if self.needs_step else "policy/kl_reference"]
+        if not math.isfinite(found) or (self.needs_step and metrics.get("optimizer/skipped")):
+            return  # a step that was not made says nothing about how far steps move
+        moved = adapted(self.coefficient, found, kl.target)
+        self.coefficient = min(max(moved, kl.coefficient / RANGE), kl.coefficient * RANGE)
+
+
+class Divergences:
+    """KL to earlier policies, measured on a step's rollouts, as in figure 2 of arXiv:2601.10498.
+
+    Each is one forward pass over the step's sequences, unless a penalty has made the same one, and
+    the k3 estimate of the KL per token:
+
+    - ``policy/kl_initial``: from the policy that RL started from;
+    - ``policy/kl_lagged``: from the mean of the weights of the ``trainer.lag_steps`` policies
+      before. The paper says "running mean over 40 steps" and no more; this is a mean of parameters;
+    - ``policy/kl_step``: of the policy after the step from the policy before.
+
+    What samples is always the policy before the step: KL(sampling policy, other).
+    """
+
+    def __init__(self, config: RunConfig, learner: Learner, of_every_step: bool = False) -> None:
+        """``of_every_step``: the divergence of each step is needed, due or not."""
+        self.config, self.learner = config.trainer, learner
+        self.of_every_step = of_every_step
+        self.initial: WeightSnapshot | None = None
+        self.lagged: RunningMean | None = None
+        if self.config.kl_lagged_every:
+            self.lagged = RunningMean(learner.policy, self.config.lag_steps)
+
+    def to_lagged(self, step: int, batch: Batch, joined: bool = False) -> dict[str, float]:
+        """Before training: KL to the policies of earlier steps, which the current one then joins.
+
+        The first step has no earlier policy: its own, the initial one, stands in for it.
+
+        Args:
+            joined: whether the current weights have joined before, as no update was made since.
+        """
+        if self.lagged is None:
+            return {}
+        if self.lagged.count == 0:
+            self.lagged.add()
+            if step > 1:
+                return {}  # the run began without keeping the policies before this one
+        found: dict[str, float] = {}
+        if due(step, self.config.kl_lagged_every, self.config.steps):
+            with self.lagged.in_place():
+                found["policy/kl_lagged"] = self.learner.divergence(_flat(batch))
+        if step > 1 and not joined:
+            self.lagged.add()
+        return found
+
+    def looks_back(self, step: int) -> bool:
+        """Whether `after_step` measures anything."""
+        return self._initial_due(step) or self._step_due(step)
+
+    def after_step(self, step: int, batch: Batch) -> dict[str, float]:
+        """After training: KL to the initial policy and of the step, where they are due."""
+        found: dict[str, float] = {}
+        if self._step_due(step):
+            found["policy/kl_step"] = self.learner.divergence(_flat(batch))
+        if self._initial_due(step):
+            found["policy/kl_initial"] = self._to_initial(_flat(batch))
+        return found
+
+    def _to_initial(self, sequences: Sequence[TrainingSequence]) -> float:
+        if all(sequence.reference_logprobs is not None for sequence in sequences):
+            # The reference of a KL penalty is that very policy: it was asked before the step.
+            return self.learner.divergence_of_reference(sequences)
+        assert self.initial is not None
+        with self.initial.in_place():
+            return self.learner.divergence(sequences)
+
+    def _initial_due(self, step: int) -> bool:
+        return due(step, self.config.kl_every, self.config.steps)
+
+    def _step_due(self, step: int) -> bool:
+        every = self.config.kl_step_every
+        return self.of_every_step or (every > 0 and due(step, every, self.config.steps))
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that is done every so many steps, and after the last, is done now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _disagreement(
+    sequences: Sequence[TrainingSequence], own: Sequence[Sequence[float]]
+) -> dict[str, float]:
+    """How far the trainer's log-probabilities are from the generator's."""
+    differences = [
+        abs(mine - theirs)
+        for s, logprobs in zip(sequences, own, strict=True)
+        for mine, theirs in zip(_counted(s, logprobs), _counted(s, s.old_logprobs), strict=True)
+    ]
+    return {
+        "policy/logprob_mismatch": sum(differences) / max(1, len(differences)),
+        "policy/logprob_mismatch_max": max(differences, default=0.0),
+    }
+
+
+def _counted(sequence: TrainingSequence, values: Sequence[float]) -> list[float]:
+    """The values of the tokens that the loss counts."""
+    return [value for value, counts in zip(values, sequence.loss_mask, strict=True) if counts]
+
+
+def _flat(batch: Batch) -> list[TrainingSequence]:
+    return [sequence for found in batch for sequence in found]

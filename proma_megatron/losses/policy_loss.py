@@ -1,0 +1,140 @@
+"""The loss of one packed microbatch, put together from this package's parts.
+
+A *unit* loss leaves the advantage out: it is what the projected backward carries, and the
+accumulator multiplies with advantages when it adds weight gradients. The other losses are ordinary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from proma_megatron.losses import cispo, dr_grpo, grpo, gspo, kl, ppo, reinforce
+from proma_megatron.losses.entropy import entropy_loss
+from proma_megatron.losses.options import LossOptions
+from proma_megatron.losses.ratios import token_ratios
+from proma_megatron.types import Microbatch
+
+# What is maximized is a function of ratio and advantage; the ratio differs for gspo.
+_SURROGATES = {
+    "ppo": ppo.clipped_surrogate,
+    "grpo": grpo.clipped_surrogate,
+    "dr_grpo": dr_grpo.clipped_surrogate,
+    "gspo": gspo.clipped_surrogate,
+}
+_LIKELIHOODS = ("reinforce", "cispo", "supervised")  # log pi with weights without gradient
+
+
+def token_advantages(microbatch: Microbatch) -> torch.Tensor:
+    """(T,) float64 advantage of each token's sequence, 0 on padding."""
+    return microbatch.sequences.per_token(microbatch.advantages)
+
+
+def policy_loss(
+    logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch, options: LossOptions
+) -> torch.Tensor:
+    """The scalar that backward starts from; divided by the global N already.
+
+    Args:
+        logprobs: (T,) of the labels under the current policy, differentiable.
+        entropy: (T,) of the distributions that they are from, differentiable; only a bonus reads
+            it.
+
+    With weights ``w = mask * token_weight / N``, ratios r to the rollout policy and advantages A of
+    the tokens' sequences:
+
+    - reinforce: ``-sum w u A log pi``, u = 1 or the detached r (`reinforce.py`).
+    - cispo: the same with u the clipped, detached r (`cispo.py`).
+    - ppo, grpo, dr_grpo: ``-sum w min(r A, clip(r) A)`` (`ppo.py`).
+    - gspo: the same with one ratio for a sequence (`gspo.py`).
+    - supervised: cross-entropy of the masked tokens.
+    - unit: ``-sum w u log pi`` with the same u; of a surrogate without clipping, u is the detached
+      r, with which gradients times A are the surrogate's.
+
+    An entropy bonus (`entropy.py`) and a KL penalty (`kl.py`) are added with the same weights,
+    whatever A is.
+
+    Raises:
+        ValueError: a loss that doesn't exist, that a unit loss can't be, or whose reference
+            log-probabilities are missing.
+    """
+    if options.unit:
+        _check_unit(options)
+    counted = microbatch.loss_mask > 0
+
+    def of_counted(values: torch.Tensor) -> torch.Tensor:
+        """0 where nothing counts: whatever stands there must reach neither sum nor gradient."""
+        return torch.where(counted, values, 0.0).to(logprobs.dtype)
+
+    weights = (microbatch.loss_mask * microbatch.weights).to(logprobs.dtype)
+    weights = weights / microbatch.denominator
+    logprobs, old = of_counted(logprobs), of_counted(microbatch.old_logprobs)
+    if options.kind == "gspo":
+        ratios = gspo.token_ratios(logprobs, old, microbatch.loss_mask, microbatch.sequences)
+    else:
+        ratios = token_ratios(logprobs, old)
+    advantages = token_advantages(microbatch).to(logprobs.dtype)
+
+    if options.unit or options.kind in _LIKELIHOODS:
+        factors = weights * _likelihood_weights(ratios, options)
+        if not options.unit and options.kind != "supervised":
+            factors = factors * advantages
+        loss = -(factors * logprobs).sum()
+    elif options.kind in _SURROGATES:
+        surrogate = _SURROGATES[options.kind]
+        low, high = options.clip_low, options.clip_high
+        loss = -(weights * surrogate(ratios, advantages, low, high, options.dual_clip)).sum()
+    else:
+        raise ValueError(f"unknown loss {options.kind!r}")
+
+    if options.entropy:
+        loss = loss + entropy_loss(of_counted(entropy), weights, options.entropy)
+    if options.kl:
+        reference = of_counted(_reference(microbatch, options))
+        terms = kl.penalty(options.kl_estimator, logprobs, reference, options.kl_reference)
+        loss = loss + options.kl * (weights * terms).sum()
+    return loss
+
+
+def _check_unit(options: LossOptions) -> None:
+    """Whether advantages times the gradients of sequences can be this loss's gradient."""
+    clips = {
+        "clip_low": options.clip_low,
+        "clip_high": options.clip_high,
+        "dual_clip": options.dual_clip,
+    }
+    for name, value in clips.items():
+        if options.kind in _SURROGATES and value is not None:
+            raise ValueError(
+                f"unit loss {options.kind!r} with {name}={value}: it clips by the advantage's "
+                "sign, which a unit loss does not know"
+            )
+    for name, value in (("entropy", options.entropy), ("kl", options.kl)):
+        if value:
+            raise ValueError(
+                f"unit loss {options.kind!r} with {name}={value}: it has no advantage to be "
+                "multiplied with"
+            )
+
+
+def _likelihood_weights(ratios: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """u (T,): what log-probabilities are weighted with, whatever the advantage."""
+    if options.kind == "supervised":
+        return torch.ones_like(ratios)
+    if options.kind == "reinforce":
+        return reinforce.token_weights(ratios, options.importance)
+    if options.kind == "cispo":
+        return cispo.token_weights(ratios, options.clip_low, options.clip_high)
+    if options.kind in _SURROGATES:
+        return ratios.detach()
+    raise ValueError(f"unknown loss {options.kind!r}")
+
+
+def _reference(microbatch: Microbatch, options: LossOptions) -> torch.Tensor:
+    """Log-probabilities (T,) that the KL penalty compares with."""
+    if options.kl_reference != "initial":
+        return microbatch.old_logprobs
+    if microbatch.reference_logprobs is not None:
+        return microbatch.reference_logprobs
+    if not microbatch.lengths:  # it only keeps replicas in step
+        return torch.zeros_like(microbatch.old_logprobs)
+    raise ValueError("a KL penalty needs reference_logprobs, which this microbatch does not have")

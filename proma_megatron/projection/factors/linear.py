@@ -1,0 +1,370 @@
+"""Sequence gradients of one parameter and microbatch, in the form that each kind of layer gives.
+
+A microbatch asks two things of G (d, k): the products that a rule is solved from, and the update
+``A += sum_s coefficient_s G_s``. Of short vectors only the last.
+
+- `SequenceGradients`: G of a weight as it is, formed once. It serves the products and the update,
+  and the ordinary weight gradient is never computed.
+- `LinearFactors`: X and dY of a weight. G is formed in blocks of rows, contracted and dropped, and
+  the update is the ordinary weight-gradient GEMM with scaled rows.
+- `LookupFactors`: an embedding's. G_s has rows only for the tokens of its sequence.
+- `VectorFactors`: a norm weight's or bias's. G is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from proma_megatron.projection.factors.contraction import (
+    Products,
+    Rows,
+    by_unit,
+    chunk_rows,
+    contract,
+    dots,
+)
+from proma_megatron.projection.factors.gemm import Gemm, TorchGemm
+from proma_megatron.projection.factors.workspace import Workspace
+from proma_megatron.projection.host_sync import add_rows, distinct
+from proma_megatron.types import Sequences
+
+Part = tuple[Rows, torch.Tensor]  # rows of a unit, and its coefficients (k,) float64
+
+
+class Factors(Protocol):
+    """The sequence gradients of one weight or table in one microbatch."""
+
+    @property
+    def nbytes(self) -> int:
+        """What they hold, the workspace apart."""
+        ...
+
+    def products(
+        self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
+    ) -> list[Products]:
+        """Of every unit, of this rank's entries; without ``accumulated`` K alone."""
+        ...
+
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        """``accumulated[rows] += sum_s coefficients_s G_s[rows]`` for every part."""
+        ...
+
+
+# --------------------------------------------------------------------------- vectors
+
+
+class VectorFactors:
+    """Norm weights and biases: G^T (k, n) is small, kept, and projected as it is."""
+
+    def __init__(self, gradients: torch.Tensor) -> None:
+        self.gradients = gradients  # (k, n) in the accumulation dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.gradients.nbytes
+
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        for rows, coefficients in parts:
+            for start, stop in rows:
+                part = coefficients @ self.gradients[:, start:stop].double()
+                accumulated[start:stop] += part.to(accumulated.dtype)
+
+
+def take(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The columns of ``matrix`` (k, n) that a unit's rows name, side by side."""
+    return torch.cat([matrix[:, start:stop] for start, stop in rows] or [matrix[:, :0]], dim=1)
+
+
+# --------------------------------------------------------------------------- linear weights
+
+
+class LinearFactors:
+    """A linear weight: ``G_s = dY_s^T X_s`` (out, in), optionally plus rows of an embedding.
+
+    `update` and `accumulate` scale the tokens of one factor. Where ``gemm`` keeps it in bf16, that
+    rounds by 2^-9 of each token, as a plain backward pass rounds a dY that carries the advantage.
+    The update from kept `SequenceGradients` scales sums in float32 and has no such rounding.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        dy: torch.Tensor,
+        sequences: Sequences,
+        workspace: Workspace,
+        *,
+        dtype: torch.dtype,
+        lookup: Lookup | None = None,
+        gemm: Gemm | None = None,
+    ) -> None:
+        """
+        Args:
+            x, dy: (T, in) and (T, out).
+            dtype: of ``main_grad``.
+            gemm: None: torch's, and where it does not take these factors.
+        """
+        taken = gemm is not None and all(gemm.takes(found.dtype, dtype) for found in (x, dy))
+        self.gemm = gemm if gemm is not None and taken else TorchGemm()
+        self.x = self.gemm.operand(x, dtype)
+        self.dy = self.gemm.operand(dy, dtype)
+        self.dtype = dtype
+        self.sequences = sequences
+        self.workspace = workspace
+        self.lookup = lookup
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.dy.shape[1], self.x.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        lookup = 0 if self.lookup is None else self.lookup.dy.nbytes
+        return self.x.nbytes + self.dy.nbytes + lookup
+
+    def materialize(self, *, accumulates: bool) -> SequenceGradients:
+        """G as it is, in the workspace.
+
+        Args:
+            accumulates: products will be with an accumulated gradient, too.
+        """
+        k = self.sequences.count
+        slices = kept_slices(k, accumulates=accumulates)
+        stack = self.workspace.take((slices, *self.shape), self.dtype)
+        self._form(0, self.shape[0], stack)
+        return SequenceGradients(stack, k)
+
+    def products(
+        self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
+    ) -> list[Products]:
+        k, (rows, width) = self.sequences.count, self.shape
+        chunk = chunk_rows(units, rows, width)
+        row_bytes = (k + 1) * width * self.dtype.itemsize
+        block = max(1, self.workspace.block_bytes // (row_bytes * chunk)) * chunk
+        found = []
+        for low in range(0, rows, block):
+            high = min(low + block, rows)
+            shape = (k + (accumulated is not None), high - low, width)
+            stack = self.workspace.scratch(shape, self.dtype)
+            self._form(low, high, stack)
+            if accumulated is not None:
+                stack[k] = accumulated[low:high]
+            found.append(contract(stack, k, chunk))
+        return _products(torch.cat(found), units, accumulated, chunk)
+
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        segments = []
+        for rows, coefficients in parts:
+            values = self.sequences.per_token(coefficients).to(self.dtype)
+            segments += [_Segment(start, stop, values) for start, stop in rows if start < stop]
+            if self.lookup is not None:
+                self.lookup.update(rows, accumulated, values)
+        for stretch in _stretches(segments):
+            self._add(stretch, accumulated)
+
+    def accumulate(
+        self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor
+    ) -> torch.Tensor:
+        """As `update`, without a lookup; |what was added|^2 (), float64, of this rank's entries."""
+        assert self.lookup is None
+        per_token = self.sequences.per_token(coefficients).to(self.dtype)
+        energy = self.x.new_zeros((), dtype=torch.float64)
+        # A block, and dY of its rows, take at most half of the workspace each.
+        step = max(1, self.workspace.half // (max(self.x.shape) * self.dtype.itemsize))
+        for start, stop in rows:
+            for low in range(start, stop, step):
+                high = min(low + step, stop)
+                part = torch.zeros_like(accumulated[low:high])
+                scaled = (self.dy[:, low:high] * per_token[:, None]).to(self.dy.dtype)
+                self.gemm.accumulate(scaled, self.x, part)
+                del scaled
+                accumulated[low:high] += part
+                energy += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        return energy
+
+    # ------------------------------------------------------------------ pieces
+
+    def _form(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """G of these output rows into ``out`` (k or more, stop - start, in)."""
+        k = self.sequences.count
+        self.gemm.sequence_gradients(self.dy[:, start:stop], self.x, self.sequences, out[:k])
+        if self.lookup is not None:
+            self.lookup.add_to(out[:k], start, stop, self.sequences)
+
+    def _add(self, stretch: Sequence[_Segment], accumulated: torch.Tensor) -> None:
+        """The ordinary weight-gradient GEMM over adjacent rows, of tokens that have been scaled."""
+        tokens, width = self.x.shape
+        low, high = stretch[0].start, stretch[-1].stop
+        token_bytes = tokens * self.x.element_size()
+        alone = len(stretch) == 1 and width <= high - low
+        if alone and width * token_bytes <= self.workspace.half:  # the narrower factor is scaled
+            scaled = self.workspace.scratch((tokens, width), self.x.dtype)
+            torch.mul(self.x, stretch[0].values[:, None], out=scaled)
+            self.gemm.accumulate(self.dy[:, low:high], scaled, accumulated[low:high])
+            return
+        step = max(1, self.workspace.half // max(1, token_bytes))
+        for first in range(low, high, step):
+            last = min(first + step, high)
+            scaled = self.workspace.scratch((tokens, last - first), self.dy.dtype)
+            for segment in stretch:
+                start, stop = max(segment.start, first), min(segment.stop, last)
+                if start < stop:
+                    columns = scaled[:, start - first : stop - first]
+                    torch.mul(self.dy[:, start:stop], segment.values[:, None], out=columns)
+            self.gemm.accumulate(scaled, self.x, accumulated[first:last])
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows of a weight whose tokens are scaled alike."""
+
+    start: int
+    stop: int
+    values: torch.Tensor  # (T,)
+
+
+def _stretches(segments: Sequence[_Segment]) -> list[list[_Segment]]:
+    """Segments in the order of their rows, those that touch together."""
+    found: list[list[_Segment]] = []
+    for segment in sorted(segments, key=lambda segment: segment.start):
+        if found and found[-1][-1].stop == segment.start:
+            found[-1].append(segment)
+        else:
+            found.append([segment])
+    return found
+
+
+class SequenceGradients:
+    """G (k, out, in) of a weight, in the workspace until its group is solved."""
+
+    nbytes = 0  # what the workspace holds, it counts itself
+
+    def __init__(self, stack: torch.Tensor, count: int) -> None:
+        """
+        Args:
+            stack: (k, out, in), or (k + 1, out, in) with room for an accumulated gradient where
+                k > 1.
+            count: k.
+        """
+        self._stack = stack
+        self._count = count
+
+    def products(
+        self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
+    ) -> list[Products]:
+        _, rows, width = self._stack.shape
+        chunk = chunk_rows(units, rows, width)
+        if accumulated is not None and self._count == 1:  # two dots: no copy, and no GEMM's packing
+            (gradient,) = self._stack[:1]
+            pairs = [dots(gradient, other, chunk) for other in (gradient, accumulated)]
+            return _products(torch.stack(pairs, dim=1)[..., None], units, accumulated, chunk)
+        if accumulated is not None:
+            self._stack[self._count] = accumulated  # so that one pass gives K and c
+        found = contract(self._stack, self._count, chunk)
+        return _products(found, units, accumulated, chunk)
+
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        for rows, coefficients in parts:
+            weights = coefficients.to(self._stack.dtype)
+            for start, stop in rows:
+                gradients = self._stack[: self._count, start:stop].flatten(1)
+                accumulated[start:stop].view(-1).addmv_(gradients.t(), weights)
+
+
+def kept_slices(count: int, *, accumulates: bool) -> int:
+    """What G of ``count`` sequences takes, in weights.
+
+    Args:
+        accumulates: with room for an accumulated gradient, beside which several are contracted.
+    """
+    return count + (accumulates and count > 1)
+
+
+def _products(
+    found: torch.Tensor, units: Sequence[Rows], accumulated: torch.Tensor | None, chunk: int
+) -> list[Products]:
+    """Of each unit, from its chunks' products (n, k, k), or (n, k + 1, k) with c as last row."""
+    k = found.shape[2]
+    whole = by_unit(found, units, chunk)
+    if accumulated is None:
+        nothing = found.new_zeros((), dtype=torch.float64)
+        return [Products(gram, nothing.expand(k), nothing) for gram in whole]
+    energy = by_unit(dots(accumulated, accumulated, chunk), units, chunk)
+    return [Products(sums[:k], sums[k], e) for sums, e in zip(whole, energy, strict=True)]
+
+
+# --------------------------------------------------------------------------- embeddings
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Gradient of an embedding: row ``rows[t]`` of the table receives ``dy[t]``."""
+
+    rows: torch.Tensor  # (T,) local table rows, -1 for tokens of other ranks
+    dy: torch.Tensor  # (T, h) in the accumulation dtype
+
+    def add_to(self, out: torch.Tensor, start: int, stop: int, sequences: Sequences) -> None:
+        """Add this lookup's G to dense blocks ``out`` (k, stop - start, h)."""
+        here = (self.rows >= start) & (self.rows < stop) & (sequences.owner < sequences.count)
+        places = sequences.owner * (stop - start) + self.rows - start
+        add_rows(out.view(-1, out.shape[-1]), places, self.dy, here)
+
+    def update(self, rows: Rows, accumulated: torch.Tensor, per_token: torch.Tensor) -> None:
+        for start, stop in rows:
+            here = (self.rows >= start) & (self.rows < stop)
+            add_rows(accumulated, self.rows, self.dy, here, per_token)
+
+
+class LookupFactors:
+    """An untied embedding: G_s has rows only for the tokens of its sequence."""
+
+    def __init__(self, lookup: Lookup, sequences: Sequences, workspace: Workspace) -> None:
+        self.lookup = lookup
+        self.sequences = sequences
+        self.workspace = workspace
+
+    @property
+    def nbytes(self) -> int:
+        return self.lookup.dy.nbytes
+
+    def products(
+        self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
+    ) -> list[Products]:
+        return [self._products(rows, accumulated) for rows in units]
+
+    def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
+        for rows, coefficients in parts:
+            per_token = self.sequences.per_token(coefficients).to(self.lookup.dy.dtype)
+            self.lookup.update(rows, accumulated, per_token)
+
+    def _products(self, rows: Rows, accumulated: torch.Tensor | None) -> Products:
+        k, lookup, owner = self.sequences.count, self.lookup, self.sequences.owner
+        width = lookup.dy.shape[1]
+        inside = torch.zeros_like(lookup.rows, dtype=torch.bool)
+        for start, stop in rows:
+            inside |= (lookup.rows >= start) & (lookup.rows < stop)
+        inside &= owner < k
+        used, places = distinct(lookup.rows, inside)
+        row_bytes = (k + 1) * width * lookup.dy.element_size()
+        block = max(1, self.workspace.block_bytes // row_bytes)
+        sums = lookup.dy.new_zeros((k + (accumulated is not None), k), dtype=torch.float64)
+        for low in range(0, len(used), block):
+            high = min(low + block, len(used))
+            here = inside & (places >= low) & (places < high)
+            stack = self.workspace.scratch((len(sums), high - low, width), lookup.dy.dtype)
+            stack[:k] = 0
+            flat = owner * (high - low) + places - low
+            add_rows(stack.view(-1, width), flat, lookup.dy, here)
+            if accumulated is not None:
+                torch.index_select(accumulated, 0, used[low:high], out=stack[k])
+            sums += contract(stack, k, 1).sum(dim=0, dtype=torch.float64)
+        if accumulated is None:
+            nothing = sums.new_zeros(())
+            return Products(sums, nothing.expand(k), nothing)
+        # What no token of the microbatch uses is part of |A|^2, though of no product.
+        (energy,) = by_unit(dots(accumulated, accumulated, 1), [rows], 1)
+        return Products(sums[:k], sums[k], energy)

@@ -1,0 +1,97 @@
+"""ISOPO's rules at work: transform the microbatch's advantages by unit, then add the microbatch.
+
+What is summed over the tensor-parallel group, in one collective: K (k, k) of a weight or bias,
+whose ranks hold entries of their own; G^T (k, n) of a norm weight of which each rank computes a
+summand, for the sum of Gram matrices is not the Gram matrix of the sum. All units of a group have
+one k, and are solved together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Never
+
+import torch
+
+from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.distributed.topology import Axis
+from proma_megatron.projection.diagnostics import Tally
+from proma_megatron.projection.factors.linear import VectorFactors, take
+from proma_megatron.projection.rules.isopo import Kind, precondition
+from proma_megatron.projection.units import Unit
+from proma_megatron.projection.updaters.updater import (
+    Capture,
+    GroupSum,
+    Summands,
+    add,
+    add_unprojected,
+    start_group_sum,
+    symmetric,
+    triangle,
+)
+from proma_megatron.types import Microbatch
+from proma_megatron.weights.mapping import Reduction
+
+
+class Preconditioning:
+    """Adds microbatches with advantages that each unit's K has transformed."""
+
+    def __init__(self, config: ProjectionConfig, tensor: Axis) -> None:
+        assert config.rule in ("kernel", "norm")
+        self.kind: Kind = config.rule
+        self.regularization = config.regularization
+        self.tensor = tensor
+        self.tally = Tally()
+        self.accumulates = False
+
+    def asks_for_gradients(self, *, first: bool) -> bool:
+        return True  # K says how to add a microbatch, whatever is there already
+
+    def take(self, capture: Capture, microbatch: Microbatch) -> list[Summands]:
+        projected = add_unprojected(capture, microbatch)
+        if isinstance(capture.factors, VectorFactors):
+            return [_vector(capture, unit, capture.factors) for unit in projected]
+        if not projected:
+            return []
+        products = capture.factors.products([unit.rows for unit in projected])
+        return [
+            Summands(capture, unit, (triangle(found.gram),))
+            for unit, found in zip(projected, products, strict=True)
+        ]
+
+    def start(self, pending: Sequence[Summands]) -> GroupSum:
+        return start_group_sum(pending, self.tensor)
+
+    def finish(self, started: GroupSum, microbatch: Microbatch) -> list[Never]:
+        """``A <- A + G a'`` for every unit."""
+        pending, sums = started.units, started.wait()
+        k = len(microbatch.advantages)
+        gram = torch.stack(
+            [_gram(found, whole, k) for found, (whole,) in zip(pending, sums, strict=True)]
+        )
+        solution = precondition(
+            self.kind, gram, microbatch.advantages, regularization=self.regularization
+        )
+        self.tally.check(microbatch.index, solution.finite)
+        names = tuple(found.unit.name for found in pending)
+        self.tally.add(names, gram, solution.policy, microbatch.advantages, solution)
+        add([(found.capture, found.unit) for found in pending], solution.coefficients)
+        return []
+
+    def finish_late(self, late: Sequence[Never], microbatch: Microbatch) -> None:
+        """Nothing waits."""
+
+
+def _vector(capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:
+    gradients = take(factors.gradients.double(), unit.rows)
+    if unit.reduction is Reduction.PARTIAL:
+        return Summands(capture, unit, (gradients,))
+    return Summands(capture, unit, (triangle(gradients @ gradients.T),))
+
+
+def _gram(found: Summands, whole: torch.Tensor, k: int) -> torch.Tensor:
+    """K (k, k), from half of it or from a norm's whole vectors."""
+    vectors = isinstance(found.capture.factors, VectorFactors)
+    if vectors and found.unit.reduction is Reduction.PARTIAL:
+        return whole @ whole.T
+    return symmetric(whole, k)
