@@ -25,9 +25,9 @@ from benchmarks.gpu.results import GpuResults
 from benchmarks.gpu.settings import MICROBATCHES, SHAPES, TINY, Fp8, Recompute, Setting, grid
 from benchmarks.gpu.table import table
 from benchmarks.projection import positive
-from proma_megatron.config.sections import ConfigError, GradientsConfig
+from proma_megatron.config.run import GradientsConfig
 from proma_megatron.distributed.devices import check_backend, choose_device
-from proma_megatron.processes.failures import StoppedError
+from proma_megatron.errors import ConfigError, StoppedError
 
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:

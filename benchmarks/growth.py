@@ -22,8 +22,7 @@ import numpy as np
 from benchmarks.cost.ranks import run_settings
 from benchmarks.cost.results import Results, Row
 from benchmarks.cost.settings import Effort, Setting, Shape
-from proma_megatron.config.sections import ConfigError
-from proma_megatron.processes.failures import StoppedError
+from proma_megatron.errors import ConfigError, StoppedError
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

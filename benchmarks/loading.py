@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proma_megatron.config.loading import validate_config
-from proma_megatron.config.sections import ParallelConfig, RunConfig, Section
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import ParallelConfig, Section
 from proma_megatron.processes.ranks import in_layout, run_job, serve
 
 

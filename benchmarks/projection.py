@@ -20,8 +20,7 @@ from benchmarks.cost.draw import draw
 from benchmarks.cost.ranks import run_settings
 from benchmarks.cost.results import Results
 from benchmarks.cost.settings import MICROBATCHES, WAYS, Effort, Setting, grid
-from proma_megatron.config.sections import ConfigError
-from proma_megatron.processes.failures import StoppedError
+from proma_megatron.errors import ConfigError, StoppedError
 
 QUICK = {"tensor": [1], "tokens": [64, 256], "sequences": [1, 8], "ends": "untied"}
 ENDS = {"tied": [True], "untied": [False], "both": [False, True]}

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from proma_megatron.config.loading import gradients_config, load_config
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 from proma_megatron.launching.cli import app as launch
 
 app = typer.Typer(
@@ -290,8 +290,8 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        from proma_megatron.processes.failures import WorkerError
-        from proma_megatron.processes.stopping import EXIT_STOPPED, RunStopped
+        from proma_megatron.errors import RunStopped, WorkerError
+        from proma_megatron.processes.stopping import EXIT_STOPPED
 
         if isinstance(error, RunStopped):
             if os.environ.get("RANK", "0") == "0":

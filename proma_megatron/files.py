@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
-from proma_megatron.errors import RunError
+from proma_megatron.errors import ConfigError, StorageError
 
 _CHUNK = 16 * 2**20  # bytes read at a time
-
-
-class StorageError(RunError):
-    """The disk does not take, or no longer holds, what the run needs; the message names the file
-    and is complete."""
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -97,3 +95,53 @@ def _existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """Whether a file can be written there, without loss of what is read; ConfigError if not."""
+    if path.is_dir():
+        raise ConfigError(f"--out is {path}, which is a directory; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out is {path}, but there is no directory {path.parent}; make it")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--out is {path}, but {path.parent} is not writable; choose another")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out is {path}, which is no ordinary file; give another name")
+    for source in inputs:
+        if path.exists() and path.samefile(source):
+            raise ConfigError(f"--out is {path}, which is also read; give another name")
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes ``path`` at the end; nothing is left after an error."""
+    path = path.resolve()  # a link stays a link
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file of these rows, in place of what ``path`` held."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for row in rows:
+            _append_line(file, row)
+
+
+def _append_line(file: TextIO, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+    file.flush()
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with every NaN and infinity in it replaced by None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -10,7 +10,7 @@ Shape legend used throughout the package:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -213,3 +213,8 @@ class StepReport:
     step: int
     metrics: Mapping[str, float]
     samples: tuple[Mapping[str, Any], ...] = field(default=())
+
+
+def zero_variance(rewards: Sequence[float]) -> bool:
+    """Whether all rewards of a group are equal, so that nothing can be learned from it."""
+    return all(reward == rewards[0] for reward in rewards)

@@ -28,7 +28,7 @@ from proma_megatron.losses.options import UNIT
 from proma_megatron.model.policy import Policy
 from proma_megatron.projection.units import Unit, units_of
 from proma_megatron.types import Microbatch
-from proma_megatron.weights.mapping import ParameterShard, Reduction
+from proma_megatron.weights.shards import ParameterShard, Reduction
 
 SWEEPS, BOUND = 2, 0.5
 

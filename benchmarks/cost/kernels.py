@@ -16,13 +16,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from benchmarks.cost.settings import Setting
-from proma_megatron.projection.factors.linear import (
-    LinearFactors,
-    Lookup,
-    LookupFactors,
-    Part,
-    SequenceGradients,
-)
+from proma_megatron.projection.factors.base import Part
+from proma_megatron.projection.factors.embedding import Lookup, LookupFactors
+from proma_megatron.projection.factors.linear import LinearFactors, SequenceGradients
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.rules.proma import solve, solve_vectors
 from proma_megatron.types import Sequences

@@ -24,11 +24,11 @@ from benchmarks.cost.ways import (
     projected_units,
     proma,
 )
+from benchmarks.live_bytes import LiveBytes
 from proma_megatron.config.sections import ProjectionConfig
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.model.policy import Policy
 from proma_megatron.types import Microbatch
-from tests.support.allocation import LiveBytes
 
 RATIOS = (
     ("proma", "plain"),

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cost.results import Results, line
 from benchmarks.cost.settings import Effort, Setting, Shape
-from proma_megatron.config.sections import GradientsConfig, ParallelConfig, ProcessConfig, Section
-from proma_megatron.output import working_folder
-from proma_megatron.processes.ranks import in_layout, run_job, serve
+from proma_megatron.config.run import GradientsConfig
+from proma_megatron.config.sections import ParallelConfig, ProcessConfig, Section
+from proma_megatron.processes.ranks import in_layout, run_job, serve, working_folder
 
 if TYPE_CHECKING:
     from proma_megatron.distributed.topology import Topology
@@ -68,7 +68,7 @@ def _run(job: CostJob, topology: Topology) -> str | None:
     from benchmarks.cost.measure import measure
     from benchmarks.cost.ways import disagreement, proma
     from proma_megatron.config.sections import ProjectionConfig
-    from proma_megatron.model.policy import build_policy
+    from proma_megatron.model.build import build_policy
 
     results = Results.read(job.out) if topology.is_main else Results(job.out)
 

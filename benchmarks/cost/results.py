@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from benchmarks.cost.settings import Setting
-from proma_megatron.config.sections import ConfigError, Section
-from proma_megatron.output import complete_or_absent
+from proma_megatron.config.sections import Section
+from proma_megatron.errors import ConfigError
+from proma_megatron.files import complete_or_absent
 
 Row = dict[str, Any]
 

@@ -10,16 +10,17 @@ import torch
 from benchmarks.cost.hooks import Hooks
 from benchmarks.cost.settings import Setting
 from proma_megatron.batching.packing import loss_tokens, pack
-from proma_megatron.commands.verify.command import relative_error
+from proma_megatron.commands.verify.comparison import relative_error
 from proma_megatron.config.sections import ProjectionConfig
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.learner.schedule import forward_backward
 from proma_megatron.losses.options import REINFORCE, UNIT
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.units import units_of
 from proma_megatron.types import Microbatch, TrainingSequence
-from proma_megatron.weights.mapping import Reduction
+from proma_megatron.weights.shards import Reduction
 
 # Gradients of a step, from zeroing them to Megatron's last reduction; no optimizer.
 Step = Callable[[Sequence[Microbatch]], object]

@@ -20,10 +20,11 @@ from benchmarks.cost.settings import Effort
 from benchmarks.gpu.figures import step_operations, utilization
 from benchmarks.gpu.results import GpuResults
 from benchmarks.gpu.settings import Setting
-from proma_megatron.config.sections import ConfigError, GradientsConfig, ModelConfig, Section
+from proma_megatron.config.run import GradientsConfig
+from proma_megatron.config.sections import ModelConfig, Section
 from proma_megatron.distributed.libraries import transformer_engine_version
-from proma_megatron.output import working_folder
-from proma_megatron.processes.ranks import in_layout, run_job, serve
+from proma_megatron.errors import ConfigError
+from proma_megatron.processes.ranks import in_layout, run_job, serve, working_folder
 
 if TYPE_CHECKING:
     from benchmarks.cost.ways import Step
@@ -211,7 +212,7 @@ def random_policy(model: ModelConfig, longest: int, topology: Topology) -> Polic
     """Weights are drawn on the device: which ones doesn't matter."""
     import torch
 
-    from proma_megatron.model.policy import build_policy
+    from proma_megatron.model.build import build_policy
 
     assert model.vocab_size is not None
     policy = build_policy(model, model.vocab_size, longest, topology, seed=None)

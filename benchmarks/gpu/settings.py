@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from proma_megatron.config.pretrained import planned_shape
+from proma_megatron.config.run import GradientsConfig
 from proma_megatron.config.sections import (
-    ConfigError,
-    GradientsConfig,
     ModelConfig,
     PositiveInt,
     ProcessConfig,
     ProjectionConfig,
     Section,
 )
+from proma_megatron.errors import ConfigError
 
 Fp8 = Literal["none", "current", "delayed", "blockwise", "mxfp8"]
 Recompute = Literal["auto", "none", "full"]

@@ -18,8 +18,3 @@ def centered(rewards: Sequence[float]) -> list[float]:
 def deviation(values: Sequence[float]) -> float:
     """Standard deviation, the population's, of centered values."""
     return (sum(value * value for value in values) / len(values)) ** 0.5
-
-
-def zero_variance(rewards: Sequence[float]) -> bool:
-    """Whether all rewards of a group are equal, so that nothing can be learned from it."""
-    return all(reward == rewards[0] for reward in rewards)

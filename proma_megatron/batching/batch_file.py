@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 from proma_megatron.types import TrainingSequence
 
 OPTIONAL = {"token_weights", "old_logprobs", "reference_logprobs"}

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from proma_megatron.config.sections import (
     ComputeConfig,
-    ConfigError,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
 )
-from proma_megatron.processes.ranks import describe
+from proma_megatron.distributed.devices import describe
+from proma_megatron.errors import ConfigError
 from proma_megatron.runs.checkpoint_folder import Marker
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.files import StorageError, size_and_checksum
+from proma_megatron.errors import StorageError
+from proma_megatron.files import size_and_checksum
 from proma_megatron.runs.checkpoint_folder import Marker, name_of
 
 INDEX = ".metadata"

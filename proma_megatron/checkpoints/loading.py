@@ -17,12 +17,13 @@ from proma_megatron.checkpoints.integrity import (
     plain_values_only,
 )
 from proma_megatron.checkpoints.sharded import Contents, load_shards
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.distributed.topology import Topology
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.runs.checkpoint_folder import Marker, read_marker
+from proma_megatron.weights.filling import fill
 from proma_megatron.weights.huggingface import read_model
-from proma_megatron.weights.mapping import fill
 
 
 def load_checkpoint(path: Path, contents: Contents) -> Marker:

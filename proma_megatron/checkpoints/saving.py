@@ -29,7 +29,8 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
 from proma_megatron.checkpoints.sharded import Contents, copied, shards
 from proma_megatron.distributed.topology import Topology
-from proma_megatron.files import StorageError, size_and_checksum, sync_file, sync_folder, why
+from proma_megatron.errors import StorageError
+from proma_megatron.files import size_and_checksum, sync_file, sync_folder, why
 from proma_megatron.runs.checkpoint_folder import (
     BEST,
     LATEST,

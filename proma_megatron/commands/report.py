@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 from proma_megatron.figures.files import write_figure
 from proma_megatron.figures.panels import ALL
 from proma_megatron.figures.runs import read_groups, rl_rows

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from proma_megatron.config.combinations import combination_problems, estimator_problems
 from proma_megatron.config.fp8 import RECIPES
-
-if TYPE_CHECKING:
-    from proma_megatron.config.sections import (
-        ComputeConfig,
-        ModelConfig,
-        ParallelConfig,
-        ProjectionConfig,
-        RewardConfig,
-        RunConfig,
-    )
+from proma_megatron.config.sections import (
+    ComputeConfig,
+    ModelConfig,
+    ParallelConfig,
+    ProjectionConfig,
+    RewardConfig,
+    RunSections,
+)
 
 
 def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -150,7 +147,7 @@ def fp8_shape_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator
         )
 
 
-def training_problems(config: RunConfig) -> Iterator[str]:
+def training_problems(config: RunSections) -> Iterator[str]:
     """What keeps an RL step from being cut into prompts, groups and microbatches."""
     batch, rollout = config.batching, config.rollout
     budgeted = batch.sequences_per_microbatch is None
@@ -169,7 +166,7 @@ def training_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def run_problems(config: RunConfig) -> Iterator[str]:
+def run_problems(config: RunSections) -> Iterator[str]:
     if config.optimizer.distributed and config.model.dtype == "float64":
         yield (
             "optimizer.distributed is true with model.dtype=float64, which Megatron's distributed "

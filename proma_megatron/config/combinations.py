@@ -12,66 +12,12 @@ advantage at all; those are refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from proma_megatron.losses.options import CLIPPED, LossOptions
-
-if TYPE_CHECKING:
-    from proma_megatron.config.sections import RunConfig
-
-# What each algorithm may do while gradients accumulate; the first is its default.
-RULES: dict[str, tuple[str, ...]] = {
-    "proma": ("exact", "iterative", "ridge", "none"),
-    "intra_proma": ("subspace",),
-    "isopo": ("kernel", "norm"),
-}
-# Clipping ranges (low, high) where the configuration leaves them open. PPO's and GRPO's 0.2; GSPO's
-# from its section 5.1 (arXiv:2507.18071); CISPO (arXiv:2506.13585) clips above only.
-_CLIPS = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.2)}
-# As in the papers of those three; the others are means over tokens, as in PROMA's published runs.
-_AGGREGATIONS = {"gspo": "sequence_mean", "dr_grpo": "sequence_sum"}
+from proma_megatron.config.choices import CLIPPED, RULES
+from proma_megatron.config.sections import RunSections, loss_kind, normalizes_std
 
 
-def loss_kind(config: RunConfig) -> str:
-    """The policy loss of this run."""
-    if config.loss.kind is not None:
-        return config.loss.kind
-    return "reinforce" if config.algorithm in RULES else config.algorithm
-
-
-def loss_options(config: RunConfig) -> LossOptions:
-    """The policy loss of this run, with everything that the configuration leaves open."""
-    loss, kind = config.loss, loss_kind(config)
-    low, high = _CLIPS.get(kind, (0.2, 0.2))
-    split = config.batching.minibatches > 1
-    return LossOptions(
-        kind=kind,
-        unit=config.projects,
-        importance=loss.importance == "on" or (loss.importance == "auto" and split),
-        clip_low=(low if loss.clip_low is None else loss.clip_low) if loss.clip else None,
-        clip_high=(high if loss.clip_high is None else loss.clip_high) if loss.clip else None,
-        dual_clip=loss.dual_clip,
-        entropy=loss.entropy,
-        kl=loss.kl.coefficient if loss.kl.place == "loss" else 0.0,
-        kl_estimator=loss.kl.estimator,
-        kl_reference=loss.kl.reference,
-    )
-
-
-def aggregation(config: RunConfig) -> tuple[str, float]:
-    """How token losses become one number, and the constant of ``sequence_sum``."""
-    chosen = config.loss.aggregation or _AGGREGATIONS.get(loss_kind(config), "token_mean")
-    constant = config.loss.aggregation_constant or float(config.rollout.max_new_tokens)
-    return chosen, constant
-
-
-def normalizes_std(config: RunConfig) -> bool:
-    """Whether advantages are divided by a standard deviation."""
-    chosen = config.advantage.normalize_std
-    return config.advantage.estimator == "reinforce_plus_plus" if chosen is None else chosen
-
-
-def combination_problems(config: RunConfig) -> Iterator[str]:
+def combination_problems(config: RunSections) -> Iterator[str]:
     """Why algorithm, accumulation and loss don't go together."""
     yield from _accumulation_problems(config)
     yield from _loss_problems(config)
@@ -79,7 +25,7 @@ def combination_problems(config: RunConfig) -> Iterator[str]:
         yield from _unit_loss_problems(config)
 
 
-def _accumulation_problems(config: RunConfig) -> Iterator[str]:
+def _accumulation_problems(config: RunSections) -> Iterator[str]:
     algorithm, projection, model = config.algorithm, config.projection, config.model
     rules = RULES.get(algorithm)
     owner = next((name for name, own in RULES.items() if projection.rule in own), None)
@@ -112,7 +58,7 @@ _DOES = {
 }
 
 
-def _loss_problems(config: RunConfig) -> Iterator[str]:
+def _loss_problems(config: RunSections) -> Iterator[str]:
     loss, kind, algorithm = config.loss, loss_kind(config), config.algorithm
     if loss.kind is not None and algorithm not in RULES and loss.kind != algorithm:
         yield (
@@ -170,7 +116,7 @@ def _loss_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _unit_loss_problems(config: RunConfig) -> Iterator[str]:
+def _unit_loss_problems(config: RunSections) -> Iterator[str]:
     """Why sequence gradients of this loss don't know their advantage only as a factor."""
     loss, kind, algorithm = config.loss, loss_kind(config), config.algorithm
     if kind in CLIPPED and loss.clip:
@@ -192,7 +138,7 @@ def _unit_loss_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def estimator_problems(config: RunConfig) -> Iterator[str]:
+def estimator_problems(config: RunSections) -> Iterator[str]:
     """Why advantages can't be estimated from the samples of a step."""
     advantage, samples = config.advantage, config.rollout.samples_per_prompt
     if samples < 2:

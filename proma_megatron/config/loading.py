@@ -17,13 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from proma_megatron.config.pretrained import SHAPE, planned_shape
-from proma_megatron.config.sections import (
-    TRAINING,
-    ConfigError,
-    GradientsConfig,
-    RunConfig,
-    Section,
-)
+from proma_megatron.config.run import TRAINING, GradientsConfig, RunConfig
+from proma_megatron.config.sections import Section
+from proma_megatron.errors import ConfigError
 
 ABSENT = "not there"  # what a tree says of a key that it lacks
 

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.config.sections import ConfigError, ModelConfig
+from proma_megatron.config.sections import ModelConfig
+from proma_megatron.errors import ConfigError
 
 CONFIG = "config.json"
 FAMILIES = ("qwen2", "qwen3")  # Qwen2.5 calls itself qwen2

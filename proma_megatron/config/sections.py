@@ -1,35 +1,23 @@
-"""The run's configuration: every key with its type, its default and what it must agree with.
+"""Every key of a configuration, with its type and its default, in sections.
 
-`config_file.load_config` reads one from YAML. Every failure is a `ConfigError` of one sentence that
-names the value, what was expected and the fix.
+`checks` and `combinations` say what keys must agree on, `run` joins them, and `loading.load_config`
+reads a configuration from YAML. Every failure is a `ConfigError` of one sentence that names the
+value, what was expected and the fix.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    ValidationInfo,
-    model_validator,
 )
 
-from proma_megatron.config.checks import (
-    layout_problems,
-    precision_problems,
-    run_problems,
-    training_problems,
-)
-from proma_megatron.config.combinations import RULES
-
-
-class ConfigError(ValueError):
-    """A configuration that can't run; the message is complete and meant for the user."""
-
+from proma_megatron.config.choices import RULES
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -201,7 +189,7 @@ LossKind = Literal["reinforce", "ppo", "grpo", "dr_grpo", "cispo", "gspo"]
 
 
 class LossConfig(Section):
-    """The policy loss. Null stands for the algorithm's own, see `algorithms.py`."""
+    """The policy loss. Null stands for the algorithm's own, see `choices.py`."""
 
     # proma, intra_proma and isopo take reinforce, or another that their accumulation can carry.
     kind: LossKind | None = None
@@ -375,10 +363,13 @@ class TrainerConfig(ProcessConfig):
     profile: bool = False
 
 
-TRAINING = {"purpose": "training"}  # validation context: a policy may also only be read
+# What the configuration names need not be there for it to be valid: a run can be planned before its
+# data are.
 
 
-class RunConfig(Section):
+class RunSections(Section):
+    """Every key of a run, each section checked by itself; `run.RunConfig` checks them together."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     root: UserPath = Path("runs")
     seed: int = 0
@@ -413,78 +404,15 @@ class RunConfig(Section):
     def max_sequence_length(self) -> int:
         return self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
 
-    @model_validator(mode="before")
-    @classmethod
-    def _own_rule(cls, tree: Any) -> Any:
-        """The algorithm's rule, where the tree names none."""
-        if not isinstance(tree, dict):
-            return tree
-        algorithm = tree.get("algorithm", "proma")
-        rules = RULES.get(algorithm) if isinstance(algorithm, str) else None
-        projection = tree.get("projection") or {}
-        if rules is None or not isinstance(projection, dict) or "rule" in projection:
-            return tree
-        return {**tree, "projection": {**projection, "rule": rules[0]}}
 
-    @model_validator(mode="after")
-    def _check_together(self, info: ValidationInfo) -> RunConfig:
-        for problem in layout_problems(self.model, self.parallel):
-            raise ValueError(problem)
-        for problem in run_problems(self):
-            raise ValueError(problem)
-        if info.context == TRAINING:
-            for problem in training_problems(self):
-                raise ValueError(problem)
-        return self
+def loss_kind(config: RunSections) -> str:
+    """The policy loss of this run."""
+    if config.loss.kind is not None:
+        return config.loss.kind
+    return "reinforce" if config.algorithm in RULES else config.algorithm
 
 
-class GradientsConfig(Section):
-    """What `proma grads` and `proma verify` take as overrides; the names are the run's."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0  # of random weights and batches
-    model: ComputeConfig = ComputeConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    projection: ProjectionConfig = ProjectionConfig()
-    trainer: ProcessConfig = ProcessConfig()
-
-    @model_validator(mode="after")
-    def _check_together(self) -> GradientsConfig:
-        projects = self.projection.active
-        for problem in precision_problems(self.model, self.projection, projects=projects):
-            raise ValueError(problem)
-        return self
-
-
-# What the configuration names need not be there for it to be valid: a run can be planned before its
-# data are.
-
-
-def check_data_files(config: RunConfig) -> None:
-    """Whether the data files that the configuration names are there; ConfigError if not."""
-    for key, path in (
-        ("data.train_file", config.data.train_file),
-        ("data.validation_file", config.data.validation_file),
-    ):
-        if path is not None and not path.is_file():
-            raise ConfigError(f"{key} is {path}, expected a file that exists; check the path")
-
-
-def check_model_files(config: RunConfig) -> None:
-    """Whether model and tokenizer that the configuration names are there; ConfigError if not."""
-    if config.tokenizer.path is not None and not config.tokenizer.path.exists():
-        raise ConfigError(
-            f"tokenizer.path is {config.tokenizer.path}, which does not exist; check the path"
-        )
-    path = config.model.path
-    if path is not None and not path.is_dir():
-        raise ConfigError(
-            f"model.path is {path}, expected a directory with a Hugging Face model; download it, "
-            f"for example with `hf download Qwen/{path.name} --local-dir {path}`"
-        )
-
-
-def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Whether this model can be cut into this layout; ConfigError if not."""
-    for problem in layout_problems(model, parallel):
-        raise ConfigError(problem)
+def normalizes_std(config: RunSections) -> bool:
+    """Whether advantages are divided by a standard deviation."""
+    chosen = config.advantage.normalize_std
+    return config.advantage.estimator == "reinforce_plus_plus" if chosen is None else chosen

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal
 
-from proma_megatron.config.sections import ConfigError
 from proma_megatron.data.answers import ANSWER_MARK
+from proma_megatron.errors import ConfigError
 from proma_megatron.types import Problem
 
 Split = Literal["train", "validation"]

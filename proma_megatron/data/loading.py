@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proma_megatron.config.sections import ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.data.arithmetic import generate_problems
 from proma_megatron.data.datasets import load_problems
 from proma_megatron.data.demonstrations import demonstration
 from proma_megatron.data.hf_tokenizer import HuggingFaceTokenizer
 from proma_megatron.data.prompts import PromptFormat, PromptSource, drop_long, format_plain
 from proma_megatron.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
-from proma_megatron.rewards.registry import check_reference, holds_answer
-from proma_megatron.runs.directory import RunDir
+from proma_megatron.errors import ConfigError
 from proma_megatron.types import Problem, Prompt
 
 
@@ -54,19 +53,6 @@ def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
         supervised=PromptSource(train_prompts, config.seed + 1),
         validation=tuple(validation_prompts),
         notes=tuple(note for note in (train_note, validation_note) if note),
-    )
-
-
-def with_own_tokenizer(config: RunConfig) -> RunConfig:
-    """For a run that goes on: the configuration with the tokenizer that the run has kept."""
-    kept = RunDir(config.run_dir).own_tokenizer
-    if kept is None:
-        return config
-    return config.model_copy(
-        update={
-            "tokenizer": config.tokenizer.model_copy(update={"path": kept}),
-            "model": config.model.model_copy(update={"path": None}),
-        }
     )
 
 
@@ -137,14 +123,8 @@ def make_prompts(
     """Prompts of these problems but for those that are too long, and a note of how many.
 
     Raises:
-        ConfigError: every prompt is too long, or the reward function can't use a reference.
+        ConfigError: every prompt is too long.
     """
-    for problem in problems:
-        fault = check_reference(config.reward.function, problem.answer)
-        if fault is not None:
-            raise ConfigError(
-                f"problem '{problem.id}' has the reference {problem.answer!r}, {fault}"
-            )
     form = PromptFormat(config.prompt, tokenizer)
     prompts = [form.prompt(problem) for problem in problems]
     limit = config.rollout.max_prompt_tokens
@@ -163,22 +143,6 @@ def make_prompts(
         f"dropped {dropped:,} of {len(prompts):,} {which} prompts, which are longer than "
         f"rollout.max_prompt_tokens={limit} (the longest has {longest:,} tokens)"
     )
-
-
-def check_references(function: str, prompts: Iterable[Prompt]) -> None:
-    """Whether math-verify, if it scores, reads every reference; ConfigError if not.
-
-    It parses all of them, so it runs once a run and not on every rank.
-    """
-    if function != "math":
-        return
-    for prompt in prompts:
-        problem = prompt.problem
-        if not holds_answer(problem.answer):
-            raise ConfigError(
-                f"problem '{problem.id}' has the reference {problem.answer!r}, in which "
-                "math-verify finds no answer; mend the reference or remove the problem"
-            )
 
 
 def check_demonstrations(config: RunConfig, data: Data) -> None:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import sentencepiece
 
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 from proma_megatron.types import Message
 
 # Byte fallback costs 256 pieces. A smaller vocabulary has none left for whole words, so it covers

@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 
 from proma_megatron.config.fp8 import RECIPES
-from proma_megatron.config.sections import ComputeConfig, ConfigError, ParallelConfig, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import ComputeConfig, ParallelConfig
 from proma_megatron.distributed.libraries import transformer_engine_problem
+from proma_megatron.errors import ConfigError
 
 Backend = Literal["torch", "transformer_engine"]
 
@@ -116,3 +118,19 @@ def check_world_size(parallel: ParallelConfig, world: int) -> None:
             f"{parallel.tensor} x {parallel.pipeline} x {parallel.data} = {model * parallel.data}; "
             "change the layout or the number of processes"
         )
+
+
+def describe(parallel: ParallelConfig) -> str:
+    """A layout in words."""
+    if parallel.world_size == 1:
+        return "one process"
+    parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
+    if parallel.virtual_pipeline:
+        parts.append(f"virtual {parallel.virtual_pipeline}")
+    parts.append(f"data {parallel.data or 1}")
+    return " x ".join(parts) + (", sequence parallel" if parallel.sequence else "")
+
+
+def workers_on(count: int, device: str) -> str:
+    backend = "NCCL" if device == "cuda" else "Gloo"
+    return f"{count} worker{'s' if count > 1 else ''} on {device} ({backend})"

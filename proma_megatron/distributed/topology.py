@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from proma_megatron.config.sections import ParallelConfig
 from proma_megatron.distributed import cpu
 from proma_megatron.distributed.devices import check_world_size
-from proma_megatron.files import StorageError
+from proma_megatron.errors import StorageError
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.data.tokenizer import Tokenizer
 from proma_megatron.evaluation.statistics import accuracy_interval, mean_pass_at_k
 from proma_megatron.model.policy import Policy
 from proma_megatron.rewards.pool import Scorer
+from proma_megatron.rollout.engine import Interrupt, Interrupted, SamplingOptions
 from proma_megatron.rollout.groups import group, sample_rollouts, score_rollouts, share
-from proma_megatron.rollout.megatron import Interrupt, Interrupted, SamplingOptions
 from proma_megatron.types import Prompt, Rollout, ScoredRollout
 
 

@@ -10,7 +10,7 @@ from proma_megatron.figures.panels import Panel
 from proma_megatron.figures.picture import draw_picture
 from proma_megatron.figures.runs import Group
 from proma_megatron.figures.table import write_table
-from proma_megatron.output import complete_or_absent
+from proma_megatron.files import complete_or_absent
 
 
 def write_figure(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from proma_megatron.config.loading import read_tree
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 from proma_megatron.observability.metrics import read_metrics
 from proma_megatron.runs.directory import RunDir
 

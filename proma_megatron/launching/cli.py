@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proma_megatron.config.sections import ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from proma_megatron.launching.cluster import Cluster

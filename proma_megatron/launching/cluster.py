@@ -16,13 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from proma_megatron.config.loading import read_tree, validate_section
-from proma_megatron.config.sections import (
-    ConfigError,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from proma_megatron.config.sections import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from proma_megatron.errors import ConfigError
 
 _WORD = re.compile(r"[A-Za-z0-9_.,:=@%+/#-]+")
 _PLACE = re.compile(r"/[A-Za-z0-9_./@+=-]*")  # no comma, colon or %, which srun takes apart

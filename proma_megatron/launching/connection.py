@@ -10,16 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from proma_megatron.config.sections import ConfigError
-from proma_megatron.errors import RunError
+from proma_megatron.errors import ConfigError, UnreachableError
 
 _CONNECT_SECONDS = 20
 _ANSWER_SECONDS = 120
 _KEEPALIVE_SECONDS = 30
-
-
-class UnreachableError(RunError):
-    """A cluster can't be asked; a job that it runs is none the worse for it."""
 
 
 class Connection(Protocol):

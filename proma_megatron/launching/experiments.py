@@ -20,10 +20,9 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import RUNDIR_NAME, get_nemorun_home
 
-from proma_megatron.config.sections import ConfigError
-from proma_megatron.errors import RunError
+from proma_megatron.errors import ConfigError, LaunchError, UnreachableError
 from proma_megatron.launching.cluster import Cluster
-from proma_megatron.launching.connection import Connection, UnreachableError, connect
+from proma_megatron.launching.connection import Connection, connect
 from proma_megatron.launching.executors import local_executor, slurm_executor
 from proma_megatron.launching.nodes import Nodes, nodes_for
 from proma_megatron.launching.scripts import local_script, node_script
@@ -36,10 +35,6 @@ from proma_megatron.launching.shipping import (
 )
 from proma_megatron.launching.stages import Stage
 from proma_megatron.launching.submitted import number_of
-
-
-class LaunchError(RunError):
-    """A cluster refused a job."""
 
 
 @dataclass(frozen=True)

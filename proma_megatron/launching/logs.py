@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from proma_megatron.launching.connection import Connection, UnreachableError
+from proma_megatron.errors import UnreachableError
+from proma_megatron.launching.connection import Connection
 from proma_megatron.launching.states import NO_ANSWER, UNKNOWN, JobState, ask
 from proma_megatron.launching.submitted import SubmittedJob
 

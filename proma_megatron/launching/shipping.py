@@ -9,7 +9,8 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from proma_megatron.config.loading import dump_config
-from proma_megatron.config.sections import ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.errors import ConfigError
 from proma_megatron.launching.cluster import Cluster
 from proma_megatron.launching.stages import CONFIG, Stage
 

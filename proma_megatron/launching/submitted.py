@@ -9,7 +9,7 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)

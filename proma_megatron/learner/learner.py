@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -20,33 +20,18 @@ from proma_megatron.batching.packing import (
     pack,
     plan_microbatches,
 )
-from proma_megatron.config.combinations import aggregation, loss_options
-from proma_megatron.config.sections import RunConfig
-from proma_megatron.learner.nonfinite import Offence, Pass, blame, is_finite, offences
+from proma_megatron.config.run import RunConfig
+from proma_megatron.learner.minibatch import Accumulated, Pass, Plan, is_finite
+from proma_megatron.learner.nonfinite import Offence, blame, offences
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.learner.schedule import Sums, evaluate_logprobs, kl_estimate
-from proma_megatron.losses.options import SUPERVISED, UNIT, LossOptions
+from proma_megatron.losses.options import SUPERVISED, UNIT, LossOptions, aggregation, loss_options
 from proma_megatron.model.policy import Policy
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.diagnostics import Units
 from proma_megatron.projection.fp8_gate import Figures
 from proma_megatron.types import Microbatch, TrainingSequence
-
-Plan = list[list[int]]  # a replica's microbatches, as places among the sequences
-
-
-@dataclass(frozen=True)
-class Accumulated:
-    """Gradients of one minibatch in ``main_grad``, and what they were made of."""
-
-    done: Pass
-    mine: Sums  # of this replica
-    sums: Sums  # of all
-    sequences: Sequence[TrainingSequence]  # of all replicas, as they went in
-    plans: list[Plan]
-    denominator: float
-    scaling: list[torch.Tensor]  # what delayed scaling remembered before it
 
 
 class Learner:

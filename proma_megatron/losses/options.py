@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CLIPPED = ("ppo", "grpo", "dr_grpo", "gspo")  # on one side for each sign of the advantage
+from proma_megatron.config.choices import AGGREGATIONS, CLIPPED, CLIPS
+from proma_megatron.config.sections import RunSections, loss_kind
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,29 @@ class LossOptions:
 UNIT = LossOptions("reinforce", unit=True)  # unit losses without any weights
 REINFORCE = LossOptions("reinforce")
 SUPERVISED = LossOptions("supervised")  # cross-entropy of the masked tokens
+
+
+def loss_options(config: RunSections) -> LossOptions:
+    """The policy loss of this run, with everything that the configuration leaves open."""
+    loss, kind = config.loss, loss_kind(config)
+    low, high = CLIPS.get(kind, (0.2, 0.2))
+    split = config.batching.minibatches > 1
+    return LossOptions(
+        kind=kind,
+        unit=config.projects,
+        importance=loss.importance == "on" or (loss.importance == "auto" and split),
+        clip_low=(low if loss.clip_low is None else loss.clip_low) if loss.clip else None,
+        clip_high=(high if loss.clip_high is None else loss.clip_high) if loss.clip else None,
+        dual_clip=loss.dual_clip,
+        entropy=loss.entropy,
+        kl=loss.kl.coefficient if loss.kl.place == "loss" else 0.0,
+        kl_estimator=loss.kl.estimator,
+        kl_reference=loss.kl.reference,
+    )
+
+
+def aggregation(config: RunSections) -> tuple[str, float]:
+    """How token losses become one number, and the constant of ``sequence_sum``."""
+    chosen = config.loss.aggregation or AGGREGATIONS.get(loss_kind(config), "token_mean")
+    constant = config.loss.aggregation_constant or float(config.rollout.max_new_tokens)
+    return chosen, constant

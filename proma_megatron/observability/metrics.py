@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from proma_megatron.files import StorageError, written
+from proma_megatron.errors import StorageError
+from proma_megatron.files import _append_line, written
 from proma_megatron.runs.directory import RunDir
 
 if TYPE_CHECKING:  # both take seconds to import, and reading metrics needs neither
@@ -121,57 +121,6 @@ class MetricsWriter:
         return self._events[phase]
 
 
-class Stopwatch:
-    """Seconds spent in named phases.
-
-    Phases nest; an outer phase includes its inner ones, and a phase inside itself counts once.
-    CUDA kernels run asynchronously: a phase that ends without a synchronization leaves its tail to
-    the next one.
-    """
-
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.perf_counter,
-        watch: Callable[[str], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        """
-        Args:
-            watch: what else to enter for a phase, by its name.
-        """
-        self._clock = clock
-        self._watch = watch
-        self._seconds: dict[str, float] = {}
-        self._running: set[str] = set()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of the ``with`` block, also when it raises."""
-        if name in self._running:
-            yield
-            return
-        self._running.add(name)
-        start = self._clock()
-        try:
-            with self._watch(name):
-                yield
-        finally:
-            self._running.remove(name)
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
-
-    def seconds(self) -> dict[str, float]:
-        """``{"seconds/<phase>": seconds}`` of the phases that ended since the last call."""
-        result = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
-        self._seconds = {}
-        return result
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file of these rows, in place of what ``path`` held."""
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for row in rows:
-            _append_line(file, row)
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl (or samples.jsonl) in file order.
 
@@ -210,19 +159,3 @@ def _open_for_append(path: Path) -> TextIO:
         os.truncate(path, len(complete))
     # A lone surrogate of a sampled text has no UTF-8; backslashreplace makes it a JSON escape.
     return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
-def _append_line(file: TextIO, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with every NaN and infinity in it replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -24,9 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from proma_megatron.files import written
-from proma_megatron.output import complete_or_absent
-from proma_megatron.projection.factors.materialization import describe
+from proma_megatron.files import complete_or_absent, written
 
 TRACED = 2  # which RL step of a process is traced: the first one pays for what is done once
 OPERATORS = 15  # in the table
@@ -40,8 +38,6 @@ _MEGATRON_TIMERS = {
     "backward-compute": "backward",
     "all-grads-sync": "reduce",
 }
-# Where the accumulator takes over from autograd.
-_PROJECTION = ("linear", "scale", "embedding", "_end_backward", "finish")
 _PROJECTION_NOTE = "projection: with the weight gradients, which the accumulator computes, too"
 
 
@@ -193,16 +189,9 @@ class Profile:
         # Megatron's schedules ask for timers and do without where there are none.
         config.timers = _Timers(self)
         self._accumulator = accumulator
-        for name in _PROJECTION if accumulator is not None else ():
-            setattr(accumulator, name, self._timed(getattr(accumulator, name)))
-
-    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        if accumulator is not None:
             # A wait for the device in each layer would be what is measured.
-            with self._range("projection"):
-                return method(*args, **kwargs)
-
-        return timed
+            accumulator.watch = self._range
 
     # ------------------------------------------------------------------ telling
 
@@ -239,7 +228,7 @@ class Profile:
         if any(" projection " in line for line in parts):
             parts += ["", _PROJECTION_NOTE]
         if self._accumulator is not None and self._accumulator.choices:
-            found = describe(self._accumulator.choices, self._accumulator.rates)
+            found = self._accumulator.describe_choices()
             parts += ["", "sequence gradients of weights, in the last microbatch", *found]
         text = "\n".join(parts)
         path = self._logs / "profile.txt"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 
 
 @dataclass(frozen=True)

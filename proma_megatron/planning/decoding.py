@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.counts import Counts
 from proma_megatron.planning.shapes import Stage
 from proma_megatron.planning.sizes import Sizes

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from proma_megatron.config.sections import TRAINING, RunConfig
+from proma_megatron.config.run import TRAINING, RunConfig
 
 SHOWN = 6
 LEAST = 0.01  # of the fullest rank's memory: what saves less is not worth a line

@@ -18,7 +18,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.counts import Counts, count
 from proma_megatron.planning.decoding import rollout_moments
 from proma_megatron.planning.knobs import Knob, find_knobs

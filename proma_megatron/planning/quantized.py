@@ -11,7 +11,7 @@ one scale.
 from __future__ import annotations
 
 from proma_megatron.config.fp8 import RECIPES
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.shapes import BYTES, Stage
 
 

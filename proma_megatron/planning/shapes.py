@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from proma_megatron.config.sections import RunConfig
-from proma_megatron.weights.mapping import LAYER, MODEL, TIED_HEAD, Row, Share, tensor_shapes
+from proma_megatron.config.run import RunConfig
+from proma_megatron.weights.mapping import tensor_shapes
+from proma_megatron.weights.qwen import LAYER, MODEL, TIED_HEAD
+from proma_megatron.weights.shards import Row, Share
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"

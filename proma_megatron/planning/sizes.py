@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.counts import Counts
 from proma_megatron.planning.quantized import input_bytes
 from proma_megatron.planning.shapes import Precision

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.counts import Counts
 from proma_megatron.planning.resident import Resident
 from proma_megatron.planning.shapes import EMBEDDING, HEAD, Local, Stage
 from proma_megatron.planning.sizes import Sizes
 from proma_megatron.planning.workspace import is_projected
-from proma_megatron.projection.rules.intra_proma import ITERATIONS, is_direct, sketch_width
-from proma_megatron.weights.mapping import Share
+from proma_megatron.projection.sizes import ITERATIONS, is_direct, sketch_width
+from proma_megatron.weights.shards import Share
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.activations import final_norm_kept, kept_by_layer, norm_backward
 from proma_megatron.planning.counts import Counts
 from proma_megatron.planning.quantized import in_fp8, weight_copies

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.shapes import Local
 from proma_megatron.planning.sizes import Sizes
-from proma_megatron.projection.factors.linear import kept_slices
 from proma_megatron.projection.factors.workspace import BLOCK_BYTES
-from proma_megatron.projection.rules.intra_proma import is_direct, sketch_width
-from proma_megatron.weights.mapping import Fusion
+from proma_megatron.projection.sizes import is_direct, kept_slices, sketch_width
+from proma_megatron.weights.shards import Fusion
 
 
 @dataclass

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from proma_megatron.config.sections import ProcessConfig
-from proma_megatron.processes.failures import LAUNCHED, StoppedError, first_error, forget_earlier
+from proma_megatron.errors import RunStopped, StoppedError
+from proma_megatron.processes.failures import LAUNCHED, first_error, forget_earlier
 from proma_megatron.processes.signals import Forwarder
-from proma_megatron.processes.stopping import RunStopped
+from proma_megatron.processes.stopping import read_stop, write_stop
 
 _END_SECONDS = 3  # from a SIGTERM to a rank, once another one has failed, to SIGKILL
 
@@ -79,7 +80,7 @@ def start_workers(
             # A graceful launcher is ended by its second Ctrl-C, which elastic knows as SIGTERM.
             sent = signal.SIGINT if graceful and stop.sigval == signal.SIGTERM else stop.sigval
             raise StoppedError(f"stopped by signal {sent.name}") from None
-    stopped = RunStopped.read(logs)
+    stopped = read_stop(logs)
     if stopped is not None:
         raise _as_asked(stopped, forwarder.request, logs)
 
@@ -89,7 +90,7 @@ def _as_asked(stopped: RunStopped, request: str | None, logs: Path) -> RunStoppe
     if request is None or stopped.reason != signal.SIGUSR1.name:
         return stopped
     renamed = RunStopped(request, stopped.step, stopped.checkpoint)
-    renamed.write(logs)
+    write_stop(renamed, logs)
     return renamed
 
 

@@ -20,27 +20,19 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from proma_megatron.config.sections import ConfigError
-from proma_megatron.errors import RunError
-from proma_megatron.rewards.registry import RewardError
+from proma_megatron.errors import (
+    ConfigError,
+    HangError,
+    RewardError,
+    RunError,
+    WorkerError,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 LAUNCHED = "PROMA_LAUNCHER"  # in the environment of ranks that our own launcher started: its pid
 STOPPED = "stopped.json"  # a run that stopped early, see `stopping`
-
-
-class WorkerError(RuntimeError):
-    """A rank failed; the message holds that rank's own traceback."""
-
-
-class StoppedError(WorkerError):
-    """The workers were ended by a signal to the launcher."""
-
-
-class HangError(WorkerError):
-    """A phase of the run took longer than it may; the message says what each rank was at."""
 
 
 # --------------------------------------------------------------------------- on a rank

@@ -6,20 +6,24 @@ The launching half loads no Megatron. Under torchrun or srun the ranks are there
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from proma_megatron.config.sections import (
-    GradientsConfig,
-    ParallelConfig,
-    ProcessConfig,
-    RunConfig,
-    Section,
+from proma_megatron.config.run import GradientsConfig, RunConfig
+from proma_megatron.config.sections import ParallelConfig, ProcessConfig, Section
+from proma_megatron.distributed.devices import (
+    check_backend,
+    check_world_size,
+    choose_device,
+    describe,
+    workers_on,
 )
-from proma_megatron.distributed.devices import check_backend, check_world_size, choose_device
-from proma_megatron.output import SUMMARY
+from proma_megatron.errors import StoppedError, WorkerError
 from proma_megatron.processes.elastic import start_workers
 from proma_megatron.processes.entry import defer_compilation
 
@@ -100,22 +104,6 @@ def run_job(module: str, job: Section, config: JobConfig, folder: Path, name: st
     return (folder / SUMMARY).read_text()
 
 
-def describe(parallel: ParallelConfig) -> str:
-    """A layout in words."""
-    if parallel.world_size == 1:
-        return "one process"
-    parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
-    if parallel.virtual_pipeline:
-        parts.append(f"virtual {parallel.virtual_pipeline}")
-    parts.append(f"data {parallel.data or 1}")
-    return " x ".join(parts) + (", sequence parallel" if parallel.sequence else "")
-
-
-def workers_on(count: int, device: str) -> str:
-    backend = "NCCL" if device == "cuda" else "Gloo"
-    return f"{count} worker{'s' if count > 1 else ''} on {device} ({backend})"
-
-
 def say(text: str) -> None:
     """A line for the person at the terminal; standard output is for results."""
     if is_first_rank():
@@ -177,3 +165,23 @@ def in_layout[Result](
                     fail(logs, error)
         except BaseException as error:
             fail(logs, error)
+
+
+SUMMARY = "summary.json"  # in the folder of a job: what was run, and what came out
+
+
+@contextmanager
+def working_folder(purpose: str) -> Iterator[Path]:
+    """A temporary folder; what ranks printed is kept in it if one of them failed."""
+    folder = Path(tempfile.mkdtemp(prefix=f"proma-{purpose}-"))
+    try:
+        yield folder
+    except BaseException as error:
+        if isinstance(error, WorkerError) and not isinstance(error, StoppedError):
+            for tensors in folder.rglob("*.safetensors"):
+                tensors.unlink()
+            print(f"what the ranks printed is in {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import MutableMapping
 
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
+from proma_megatron.errors import RunStopped
 from proma_megatron.files import write_synced
 from proma_megatron.processes.failures import LAUNCHED, STOPPED
 
@@ -36,45 +37,6 @@ _STARTED = "PROMA_STARTED"  # in the environment of ranks: the launcher's clock 
 _LOADED = time.monotonic()  # near enough the start of a process
 _ASKING = {signal.SIGTERM, signal.SIGUSR1}
 _TIME_LIMIT = 1000  # among numbers of signals
-
-
-class RunStopped(Exception):  # noqa: N818 - no error
-    """The run ends before its last step, on request, on every rank alike.
-
-    Args:
-        reason: "SIGTERM", "trainer.max_minutes=30".
-        step: RL steps that the saved policy has seen.
-        checkpoint: the complete checkpoint to go on from; None if there is none yet.
-    """
-
-    def __init__(self, reason: str, step: int, checkpoint: Path | None) -> None:
-        super().__init__(reason, step, checkpoint)  # all of them, for pickle
-        self.reason, self.step, self.checkpoint = reason, step, checkpoint
-
-    def __str__(self) -> str:
-        when = f"after step {self.step}" if self.step else "before the first RL step"
-        if self.checkpoint is None:
-            return f"stopped by {self.reason} {when}; nothing is saved yet, start again"
-        return (
-            f"stopped by {self.reason} {when}; {self.checkpoint} is complete, --resume goes on "
-            "from there"
-        )
-
-    def write(self, logs: Path) -> None:
-        """Leave ``stopped.json`` for the launcher, and for whoever starts the run again."""
-        saved = None if self.checkpoint is None else str(self.checkpoint)
-        record = {"reason": self.reason, "step": self.step, "checkpoint": saved}
-        write_synced(logs / STOPPED, json.dumps(record) + "\n")
-
-    @classmethod
-    def read(cls, logs: Path) -> RunStopped | None:
-        """What a run that was stopped left behind, if it was."""
-        path = logs / STOPPED
-        if not path.is_file():
-            return None
-        record = json.loads(path.read_text())
-        saved = record["checkpoint"]
-        return cls(record["reason"], record["step"], None if saved is None else Path(saved))
 
 
 @contextmanager
@@ -261,3 +223,20 @@ class Stops:
         if code == _TIME_LIMIT:
             return f"trainer.max_minutes={self._max_minutes:g}"
         return signal.Signals(code).name
+
+
+def write_stop(stop: RunStopped, logs: Path) -> None:
+    """Leave ``stopped.json`` for the launcher, and for whoever starts the run again."""
+    saved = None if stop.checkpoint is None else str(stop.checkpoint)
+    record = {"reason": stop.reason, "step": stop.step, "checkpoint": saved}
+    write_synced(logs / STOPPED, json.dumps(record) + "\n")
+
+
+def read_stop(logs: Path) -> RunStopped | None:
+    """Return what a run that was stopped left behind, if it was."""
+    path = logs / STOPPED
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    saved = record["checkpoint"]
+    return RunStopped(record["reason"], record["step"], None if saved is None else Path(saved))

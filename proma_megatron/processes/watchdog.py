@@ -35,14 +35,8 @@ from pathlib import Path
 from typing import Self
 
 from proma_megatron.config.sections import PhaseMinutes
-from proma_megatron.processes.failures import (
-    LAUNCHED,
-    HangError,
-    end,
-    in_words,
-    record_error,
-    stacks_folder,
-)
+from proma_megatron.errors import HangError
+from proma_megatron.processes.failures import LAUNCHED, end, in_words, record_error, stacks_folder
 
 _LOOK_SECONDS = 0.5
 _STALL_SECONDS = 5.0  # a look that comes this much later: the whole process was suspended

@@ -15,9 +15,11 @@ forwards inside backwards, so what the last forward was says nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate
 
 import torch
 
@@ -25,27 +27,31 @@ from proma_megatron.config.sections import ProjectionConfig
 from proma_megatron.distributed.topology import Axis, Topology
 from proma_megatron.model.capture import Operands, captured_layers
 from proma_megatron.model.policy import Policy
+from proma_megatron.projection.capture import Capture
 from proma_megatron.projection.diagnostics import Tally
+from proma_megatron.projection.factors.base import Factors
+from proma_megatron.projection.factors.embedding import Lookup, LookupFactors
 from proma_megatron.projection.factors.gemm import Gemm, TorchGemm, choose_gemm
-from proma_megatron.projection.factors.linear import (
-    Factors,
-    LinearFactors,
-    Lookup,
-    LookupFactors,
-    VectorFactors,
-    kept_slices,
+from proma_megatron.projection.factors.linear import LinearFactors
+from proma_megatron.projection.factors.materialization import (
+    Choice,
+    Rates,
+    agree_on_rates,
+    choose,
+    describe,
 )
-from proma_megatron.projection.factors.materialization import Choice, Rates, agree_on_rates, choose
+from proma_megatron.projection.factors.vector import VectorFactors
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.fp8_gate import ValidityGate
+from proma_megatron.projection.sizes import kept_slices
 from proma_megatron.projection.tied import TiedEnds
 from proma_megatron.projection.units import units_of
 from proma_megatron.projection.updaters.intra_proma import Deflating
 from proma_megatron.projection.updaters.isopo import Preconditioning
 from proma_megatron.projection.updaters.proma import Projecting
-from proma_megatron.projection.updaters.updater import Capture, Updater
+from proma_megatron.projection.updaters.updater import Updater
 from proma_megatron.types import Microbatch, Sequences
-from proma_megatron.weights.mapping import ParameterShard
+from proma_megatron.weights.shards import ParameterShard
 
 # Beyond so many bytes, units that wait for the end of the backward pass are solved at once.
 LATE_BYTES = 16 * 2**20
@@ -78,6 +84,19 @@ def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updat
     return Projecting(config, tensor, dtype)
 
 
+def _watched[**P, R](
+    method: Callable[Concatenate[Accumulator, P], R],
+) -> Callable[Concatenate[Accumulator, P], R]:
+    """Make a method, where the accumulator takes over from autograd, one that can be timed."""
+
+    @wraps(method)
+    def watched(self: Accumulator, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.watch("projection"):
+            return method(self, *args, **kwargs)
+
+    return watched
+
+
 class Accumulator:
     """Projected accumulation over the microbatches of one optimizer step.
 
@@ -92,6 +111,8 @@ class Accumulator:
 
     Attributes:
         choices: what was done with each weight's sequence gradients the last time, and why.
+        watch: entered, with the name "projection", for whatever is done here during a backward
+            pass; a profiler puts its clock there.
 
     Raises:
         ValueError: a trainable parameter that no capturing layer claims.
@@ -110,6 +131,7 @@ class Accumulator:
         gate: ValidityGate | None = None,
     ) -> None:
         self.config = config
+        self.watch: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self.gate = gate
         self.gemm = gemm or TorchGemm()
         self.topology = topology
@@ -218,6 +240,10 @@ class Accumulator:
         """What the rule's figures said in the step that was begun last."""
         return self.solver.tally
 
+    def describe_choices(self) -> list[str]:
+        """Return a line for each way in which sequence gradients were formed the last time."""
+        return describe(self.choices, self.rates)
+
     @property
     def in_bfloat16(self) -> bool:
         return self.config.fp8_operands == "bfloat16"
@@ -265,6 +291,7 @@ class Accumulator:
         # runs in the chunk's own backward, outside of those that recompute starts in its layers.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
 
+    @_watched
     @torch.no_grad()
     def _end_backward(self) -> None:
         self._flush()
@@ -272,6 +299,7 @@ class Accumulator:
         self.tally.settle()
         self._current = self._group = None
 
+    @_watched
     @torch.no_grad()
     def finish(self, microbatches: int) -> None:
         """End the step, before gradients are reduced over replicas.
@@ -296,6 +324,7 @@ class Accumulator:
 
     # ------------------------------------------------------------------ captures (GradientSink)
 
+    @_watched
     def linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, dy: torch.Tensor
     ) -> None:
@@ -313,6 +342,7 @@ class Accumulator:
                 self.shards[id(bias)], VectorFactors(indicator @ dy.to(dtype)), current.microbatch
             )
 
+    @_watched
     def scale(self, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> None:
         shard, current = self.shards[id(weight)], self._now()
         self._enter(shard)
@@ -324,6 +354,7 @@ class Accumulator:
         indicator = current.microbatch.sequences.indicator(start, tokens, dtype)
         self._capture(shard, VectorFactors(indicator @ per_token), current.microbatch)
 
+    @_watched
     def embedding(self, weight: torch.Tensor, rows: torch.Tensor, dy: torch.Tensor) -> None:
         shard, current = self.shards[id(weight)], self._now()
         if self.ends is not None:

@@ -44,7 +44,7 @@ from proma_megatron.projection.rules.proma import all_finite, solve
 from proma_megatron.projection.units import Unit
 from proma_megatron.projection.updaters.proma import CUTOFFS
 from proma_megatron.types import Microbatch, Sequences
-from proma_megatron.weights.mapping import Reduction
+from proma_megatron.weights.shards import Reduction
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # `layers.Operands`: X (T, in) and dY (T, out)
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from proma_megatron.weights.mapping import ParameterShard, Reduction
+from proma_megatron.weights.shards import ParameterShard, Reduction
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
-from proma_megatron.config.sections import ConfigError, RewardConfig
+from proma_megatron.config.sections import RewardConfig
+from proma_megatron.errors import ConfigError, RewardError
 from proma_megatron.processes.stopping import unasked_children
 from proma_megatron.processes.watchdog import write_stacks_when_asked
-from proma_megatron.rewards.registry import (
-    BUILT_IN,
-    Judge,
-    RewardError,
-    Verdict,
-    load_judge,
-    overlong_penalty,
-)
+from proma_megatron.rewards.judge import Judge, Verdict, load_judge, overlong_penalty
+from proma_megatron.rewards.registry import BUILT_IN
 
 if TYPE_CHECKING:
     from proma_megatron.types import Rollout, ScoredRollout

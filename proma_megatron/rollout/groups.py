@@ -10,10 +10,11 @@ import torch
 
 from proma_megatron.data.tokenizer import Tokenizer
 from proma_megatron.distributed.topology import Topology
+from proma_megatron.errors import RewardError
 from proma_megatron.model.policy import Policy
 from proma_megatron.rewards.pool import Scorer
-from proma_megatron.rewards.registry import RewardError
-from proma_megatron.rollout.megatron import Interrupt, SamplingOptions, generate
+from proma_megatron.rollout.engine import Interrupt, SamplingOptions
+from proma_megatron.rollout.megatron import generate
 from proma_megatron.rollout.sampling import noise
 from proma_megatron.types import Prompt, Rollout, RolloutGroup, ScoredRollout
 

@@ -7,8 +7,7 @@ states by hand; the last stage samples, from shards of the vocabulary, and tells
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,38 +16,12 @@ from megatron.core.inference.utils import InferenceMode
 
 from proma_megatron.model.attention import KeyValueCache
 from proma_megatron.model.policy import Policy
+from proma_megatron.rollout.engine import Completion, Interrupt, Interrupted, SamplingOptions
 from proma_megatron.rollout.sampling import sample, sample_shard
 
 LOOK_TOKENS = 32  # decoded between two looks at whether to give up
-Interrupt = Callable[[], object]  # true: give up
 
 KEEP_FRACTION = 0.75  # of a batch still decoding: below this, finished rows leave the cache
-
-
-class Interrupted(Exception):  # noqa: N818 - no error
-    """Sampling was given up, on all ranks of this replica."""
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 48
-    batch_size: int = 128
-    greedy: bool = False
-
-    @property
-    def sorts(self) -> bool:
-        """Whether a draw needs all logits of a row in order."""
-        return not self.greedy and self.top_p < 1
-
-
-@dataclass(frozen=True)
-class Completion:
-    tokens: tuple[int, ...]  # with the stop token if one was emitted
-    logprobs: tuple[float, ...]
-    finished: bool  # by a stop token
 
 
 @torch.no_grad()

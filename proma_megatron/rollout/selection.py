@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from proma_megatron.advantages.moments import zero_variance
-from proma_megatron.types import RolloutGroup
+from proma_megatron.types import RolloutGroup, zero_variance
 
 
 def informative(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

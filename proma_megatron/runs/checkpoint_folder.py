@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.config.sections import ConfigError
-from proma_megatron.files import StorageError, write_synced
+from proma_megatron.errors import ConfigError, StorageError
+from proma_megatron.files import write_synced
 
 MARKER = "complete.json"
 PREFIXES = {"warm_start": "warm_start_", "rl": "step_"}  # in the order of a run's phases

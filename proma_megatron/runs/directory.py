@@ -17,20 +17,17 @@ logs/             output of each rank, errors, Python stacks, why the run stoppe
 from __future__ import annotations
 
 import json
-import platform
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import proma_megatron
+from proma_megatron.config.run import RunConfig
+from proma_megatron.errors import ConfigError
 from proma_megatron.runs.checkpoint_folder import name_of, newest
-from proma_megatron.config.sections import ConfigError
-
-_PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
+from proma_megatron.runs.environment import (
+    describe_environment,
+)
 
 
 @dataclass(frozen=True)
@@ -206,53 +203,6 @@ def prepare_run_dir(path: Path, resume: bool, overwrite: bool) -> RunDir:
     return run_dir
 
 
-def describe_environment(device: str) -> dict[str, Any]:
-    """What a reader needs to reproduce the run: versions, git state and the device, no hostname."""
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "proma-megatron": proma_megatron.__version__,
-    }
-    for package in _PACKAGES:
-        versions[package] = _version(package)
-    checkout = Path(proma_megatron.__file__).resolve().parent.parent
-    return {"versions": versions, "git": git_state(checkout), "device": device}
-
-
-def git_state(checkout: Path) -> dict[str, Any] | None:
-    """``{"revision", "dirty"}`` of a checkout's root; None where ``checkout`` is not one.
-
-    A directory inside another project's repository, such as site-packages of a virtual
-    environment, is no checkout of this project. ``revision`` is None before the first commit;
-    untracked files that git does not ignore count as dirty.
-    """
-    root = _git(checkout, "rev-parse", "--show-toplevel")
-    if root is None or Path(root).resolve() != checkout.resolve():
-        return None
-    return {
-        "revision": _git(checkout, "rev-parse", "--verify", "--quiet", "HEAD"),
-        "dirty": bool(_git(checkout, "status", "--porcelain")),
-    }
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command; None if it fails or there is no git."""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    """Installed version; None for a package that is only on PYTHONPATH."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _remove_run(run_dir: RunDir) -> None:
     for file in run_dir.path.glob("unscored_step_*.jsonl"):
         file.unlink()
@@ -265,3 +215,16 @@ def _remove_run(run_dir: RunDir) -> None:
             shutil.rmtree(folder)
     for file in (run_dir.samples, run_dir.environment, run_dir.metrics, run_dir.config):
         file.unlink(missing_ok=True)
+
+
+def with_own_tokenizer(config: RunConfig) -> RunConfig:
+    """For a run that goes on: the configuration with the tokenizer that the run has kept."""
+    kept = RunDir(config.run_dir).own_tokenizer
+    if kept is None:
+        return config
+    return config.model_copy(
+        update={
+            "tokenizer": config.tokenizer.model_copy(update={"path": kept}),
+            "model": config.model.model_copy(update={"path": None}),
+        }
+    )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from proma_megatron.checkpoints.compatibility import (
     layout_in_words,
@@ -17,7 +15,7 @@ from proma_megatron.checkpoints.compatibility import (
 from proma_megatron.checkpoints.loading import load_checkpoint
 from proma_megatron.checkpoints.saving import Retention, Saved, Saver
 from proma_megatron.checkpoints.sharded import Contents
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.learner.snapshots import RunningMean
 from proma_megatron.model.policy import DTYPES, Policy
@@ -36,23 +34,7 @@ from proma_megatron.runs.checkpoint_folder import (
     write_marker,
 )
 from proma_megatron.runs.directory import RunDir
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands between two steps, apart from tensors; JSON in a checkpoint's marker."""
-
-    phase: str = "warm_start"  # or "rl"
-    step: int = 0  # of the phase; so many are done
-    prompts: Mapping[str, int] = field(default_factory=dict)  # the stream of RL's prompts
-    demonstrations: Mapping[str, Any] = field(default_factory=dict)  # that of the warm start
-    kl_coefficient: float = 0.0
-    lagged: int = 0  # weights in the running mean
-    joined: bool = False  # the current ones are among them
-    skipped: int = 0  # steps in a row without any update, see `trainer.max_skipped_steps`
-    files: Mapping[str, int] = field(default_factory=dict)  # bytes of what is reported step by step
-    # The step's row, where validation is still to come.
-    pending: Mapping[str, Any] | None = None
+from proma_megatron.training.progress import Position
 
 
 class Keeper:

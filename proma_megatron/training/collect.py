@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.data.loading import Data
-from proma_megatron.files import written
+from proma_megatron.errors import RewardError
+from proma_megatron.files import write_rows, written
 from proma_megatron.model.policy import Policy
-from proma_megatron.observability.metrics import Stopwatch, write_rows
+from proma_megatron.observability.timing import Stopwatch
 from proma_megatron.processes.stopping import Stops
 from proma_megatron.rewards.pool import Scorer
-from proma_megatron.rewards.registry import RewardError
+from proma_megatron.rollout.engine import Interrupted, SamplingOptions
 from proma_megatron.rollout.groups import describe, group, sample_rollouts, score_rollouts, share
-from proma_megatron.rollout.megatron import Interrupted, SamplingOptions
 from proma_megatron.rollout.selection import choose, informative
 from proma_megatron.runs.directory import RunDir
 from proma_megatron.types import Prompt, Rollout, RolloutGroup

@@ -16,36 +16,37 @@ from pathlib import Path
 from proma_megatron.advantages.registry import advantages
 from proma_megatron.checkpoints.loading import load_pretrained
 from proma_megatron.checkpoints.random_state import seed_generators
-from proma_megatron.config.combinations import normalizes_std
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import normalizes_std
 from proma_megatron.data.demonstrations import Demonstrations
 from proma_megatron.data.loading import Data
 from proma_megatron.distributed import libraries
 from proma_megatron.distributed.topology import Topology
+from proma_megatron.errors import NonFiniteError, RewardError, RunStopped
 from proma_megatron.evaluation.evaluate import evaluate
-from proma_megatron.files import written
+from proma_megatron.files import complete_or_absent, write_rows, written
+from proma_megatron.learner.divergences import Divergences, due
 from proma_megatron.learner.learner import Learner
-from proma_megatron.learner.nonfinite import NonFiniteError, dump
+from proma_megatron.learner.nonfinite import dump
 from proma_megatron.learner.optimizer import Optimizer
-from proma_megatron.learner.references import Batch, Divergences, References, due
+from proma_megatron.learner.references import Batch, References
 from proma_megatron.learner.snapshots import WeightSnapshot
-from proma_megatron.model.policy import build_policy
-from proma_megatron.observability.metrics import Stopwatch, write_rows
+from proma_megatron.model.build import build_policy
 from proma_megatron.observability.profiler import Off, Profile, Profiler
 from proma_megatron.observability.reporter import Reporter
-from proma_megatron.output import complete_or_absent
-from proma_megatron.processes.stopping import RunStopped, Stops, StopSignals
+from proma_megatron.observability.timing import Stopwatch
+from proma_megatron.processes.stopping import Stops, StopSignals
 from proma_megatron.processes.watchdog import Phases
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.factors.materialization import Rates
 from proma_megatron.projection.fp8_gate import warning
 from proma_megatron.rewards.pool import Scorer
-from proma_megatron.rewards.registry import RewardError
 from proma_megatron.rollout.groups import samples_of
 from proma_megatron.runs.checkpoint_folder import is_warm_start
 from proma_megatron.runs.directory import RunDir
-from proma_megatron.training.checkpointing import Keeper, Position
+from proma_megatron.training.checkpointing import Keeper
 from proma_megatron.training.collect import Collector
+from proma_megatron.training.progress import Position
 from proma_megatron.types import RolloutGroup, StepReport, TrainingSequence
 
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from proma_megatron.config.sections import ModelConfig
 from proma_megatron.distributed.topology import Topology
-from proma_megatron.weights.mapping import ParameterShard, Reduction, tensor_shapes
+from proma_megatron.weights.mapping import tensor_shapes
+from proma_megatron.weights.shards import ParameterShard, Reduction
 
 Read = Callable[[ParameterShard], torch.Tensor]
 

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from proma_megatron.config.pretrained import read_json, read_shape
-from proma_megatron.config.sections import ComputeConfig, ConfigError, ModelConfig
+from proma_megatron.config.sections import ComputeConfig, ModelConfig
+from proma_megatron.errors import ConfigError
 from proma_megatron.weights.mapping import tensor_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

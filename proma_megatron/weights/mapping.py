@@ -8,122 +8,19 @@ along the cut axis.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from proma_megatron.config.sections import ModelConfig
+from proma_megatron.weights.qwen import LAYER, MODEL, TIED_HEAD
+from proma_megatron.weights.shards import Fusion, ParameterShard, Row, Run, Share
 
 if TYPE_CHECKING:  # the launcher reads shapes without loading Megatron
     from proma_megatron.distributed.topology import Topology
-
-
-class Reduction(Enum):
-    """What a rank's gradient is, seen over the tensor-parallel group."""
-
-    DISJOINT = "disjoint"  # a slice of its own
-    REPLICATED = "replicated"  # the whole, the same on every rank
-    PARTIAL = "partial"  # a summand: Megatron adds it over TP in finalize_model_grads
-
-
-@dataclass(frozen=True)
-class Run:
-    """``length`` consecutive entries along the cut axis of one Hugging Face tensor."""
-
-    tensor: str  # Hugging Face name
-    start: int  # in the Hugging Face tensor
-    local: int  # in the local parameter
-    length: int
-
-
-@dataclass(frozen=True)
-class ParameterShard:
-    """One local parameter of this rank."""
-
-    name: str  # Megatron's name with the layer counted from the model's first
-    parameter: torch.nn.Parameter
-    axis: int
-    runs: tuple[Run, ...]
-    reduction: Reduction
-    layer: int | None  # None for embedding, final norm and head
-    linear: bool  # an nn.Linear weight in the Hugging Face model
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Hugging Face tensors of the whole fused parameter, also those with no entry here."""
-        return tuple(dict.fromkeys(run.tensor for run in self.runs))
-
-
-class Share(Enum):
-    """Which part of a parameter's gradient a tensor-parallel rank computes."""
-
-    ENTRIES = "entries"  # some rows or columns
-    HEADS = "heads"  # that of its own attention heads, for every entry
-    TOKENS = "tokens"  # that of its own tokens under sequence parallelism; else of all tokens
-
-    def reduction(self, topology: Topology) -> Reduction:
-        if topology.tensor.size == 1:
-            return Reduction.REPLICATED
-        if self is Share.ENTRIES:
-            return Reduction.DISJOINT
-        if self is Share.HEADS or topology.sequence_parallel:
-            return Reduction.PARTIAL
-        return Reduction.REPLICATED
-
-
-class Fusion(Enum):
-    """The order of entries where several Hugging Face tensors make one parameter."""
-
-    NONE = "none"
-    KV_GROUP = "kv_group"  # for each KV group: its query heads, its key head, its value head
-    RANK = "rank"  # for each rank: its part of each tensor
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what one Megatron parameter is made of."""
-
-    tensors: tuple[str, ...]
-    axis: int = 0  # that is cut
-    share: Share = Share.ENTRIES
-    fusion: Fusion = Fusion.NONE
-    linear: bool = False  # an nn.Linear weight in the Hugging Face model
-
-
-# Hugging Face's lm_head shares the embedding's tensor where they are tied, and Megatron's last
-# pipeline stage holds a copy of it; it counts as no Linear then.
-TIED_HEAD = Row(("model.embed_tokens.weight",))
-MODEL = {
-    "embedding.word_embeddings.weight": Row(("model.embed_tokens.weight",)),
-    "decoder.final_layernorm.weight": Row(("model.norm.weight",), share=Share.TOKENS),
-    "output_layer.weight": Row(("lm_head.weight",), linear=True),
-}
-# Names on both sides go on from "decoder.layers.N." and "model.layers.N.".
-LAYER = {
-    "input_layernorm.weight": Row(("input_layernorm.weight",), share=Share.TOKENS),
-    "self_attention.linear_qkv.weight": Row(
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        fusion=Fusion.KV_GROUP,
-        linear=True,
-    ),
-    "self_attention.linear_qkv.bias": Row(
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-        fusion=Fusion.KV_GROUP,
-    ),
-    "self_attention.q_layernorm.weight": Row(("self_attn.q_norm.weight",), share=Share.HEADS),
-    "self_attention.k_layernorm.weight": Row(("self_attn.k_norm.weight",), share=Share.HEADS),
-    "self_attention.linear_proj.weight": Row(("self_attn.o_proj.weight",), axis=1, linear=True),
-    "pre_mlp_layernorm.weight": Row(("post_attention_layernorm.weight",), share=Share.TOKENS),
-    "mlp.linear_fc1.weight": Row(
-        ("mlp.gate_proj.weight", "mlp.up_proj.weight"), fusion=Fusion.RANK, linear=True
-    ),
-    "mlp.linear_fc2.weight": Row(("mlp.down_proj.weight",), axis=1, linear=True),
-}
 
 
 def parameter_shards(
@@ -244,54 +141,3 @@ def tensor_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, .
 
 
 # --------------------------------------------------------------------------- filling
-
-
-class Narrowable(Protocol):
-    """A tensor, or what reads slices of one from a file."""
-
-    def narrow(self, axis: int, start: int, length: int, /) -> torch.Tensor: ...
-
-
-def fill(shards: Iterable[ParameterShard], read: Callable[[str], Narrowable]) -> None:
-    """Copy slices of Hugging Face tensors into local parameters; padding rows become 0.
-
-    ``read(name)`` gives one tensor; it is called for one tensor at a time, and only for those of
-    which this rank holds a part.
-    """
-    with torch.no_grad():
-        for shard in shards:
-            if sum(run.length for run in shard.runs) < shard.parameter.shape[shard.axis]:
-                shard.parameter.zero_()  # vocabulary padding
-            for tensor in shard.tensors:
-                if not any(run.tensor == tensor and run.length for run in shard.runs):
-                    continue
-                value = read(tensor)
-                for run in shard.runs:
-                    if run.tensor == tensor and run.length:
-                        source = value.narrow(shard.axis, run.start, run.length)
-                        shard.parameter.narrow(shard.axis, run.local, run.length).copy_(source)
-
-
-def initialize(
-    chunk: torch.nn.Module, model: ModelConfig, vocab_size: int, topology: Topology, seed: int
-) -> None:
-    """Random weights, a function of (seed, Hugging Face name) alone and so alike in every layout.
-
-    Normal with ``init_std``, scaled by 1/sqrt(2 * layers) for the two projections that write into
-    the residual stream, as GPT-2 does; norms 1, biases 0.
-    """
-    shapes = tensor_shapes(model, vocab_size)
-
-    def read(name: str) -> torch.Tensor:
-        shape = shapes[name]
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        if name.endswith(".bias"):
-            return torch.zeros(shape)
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = model.init_std / (2 * model.layers) ** 0.5 if residual else model.init_std
-        return torch.randn(shape, generator=generator) * std
-
-    fill(parameter_shards(chunk, model, vocab_size, topology), read)

@@ -11,13 +11,20 @@ from hypothesis import strategies as st
 
 from proma_megatron.advantages.group import group_relative
 from proma_megatron.advantages.leave_one_out import leave_one_out
-from proma_megatron.advantages.moments import EPSILON, zero_variance
+from proma_megatron.advantages.moments import EPSILON
 from proma_megatron.advantages.registry import advantages, stratum
 from proma_megatron.advantages.reinforce_plus_plus import reinforce_plus_plus
 from proma_megatron.advantages.rloo import rloo
 from proma_megatron.advantages.stratified import stratified
 from proma_megatron.config.sections import AdvantageConfig
-from proma_megatron.types import Problem, Prompt, Rollout, RolloutGroup, ScoredRollout
+from proma_megatron.types import (
+    Problem,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    ScoredRollout,
+    zero_variance,
+)
 
 rewards_ = st.lists(st.floats(-4, 4), min_size=1, max_size=16)
 groups_ = st.lists(st.lists(st.floats(-4, 4), min_size=2, max_size=6), min_size=1, max_size=5)

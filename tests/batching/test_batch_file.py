@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proma_megatron.batching.batch_file import read_batch, write_batch
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 from proma_megatron.types import TrainingSequence
 
 VOCAB = 61

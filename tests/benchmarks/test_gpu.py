@@ -17,7 +17,7 @@ from benchmarks.gpu import figures, rank
 from benchmarks.gpu.results import GpuResults
 from benchmarks.gpu.settings import Setting, grid
 from benchmarks.gpu.table import HEAD, table
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 
 TINY = ["--shape", "tiny", "--device", "cpu", "--microbatches", "2"]
 SETTING = Setting(shape="tiny", layers=2, tokens=24, sequences=3, microbatches=2)

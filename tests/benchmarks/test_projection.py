@@ -18,7 +18,7 @@ from benchmarks.cost.measure import spread
 from benchmarks.cost.results import Results, setting_of
 from benchmarks.cost.settings import Effort, Setting, Shape, grid
 from benchmarks.cost.table import table
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 
 SHAPE = Shape(hidden=128, layers=1, vocabulary=40)
 SETTINGS = grid([1], [False, True], [12], [3], microbatches=2, shape=SHAPE)

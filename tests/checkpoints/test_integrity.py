@@ -19,7 +19,8 @@ from proma_megatron.checkpoints.integrity import (
     check_sizes,
     plain_values_only,
 )
-from proma_megatron.files import StorageError, size_and_checksum
+from proma_megatron.errors import StorageError
+from proma_megatron.files import size_and_checksum
 from proma_megatron.runs.checkpoint_folder import Marker, read_marker
 
 

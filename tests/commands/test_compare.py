@@ -21,8 +21,8 @@ from proma_megatron.commands.export import command as job
 from proma_megatron.commands.train import command as launcher
 from proma_megatron.config.loading import apply_overrides, dump_config, load_config, read_tree
 from proma_megatron.config.pretrained import write_config
-from proma_megatron.config.sections import ConfigError, RunConfig
-from proma_megatron.processes.failures import WorkerError
+from proma_megatron.config.run import RunConfig
+from proma_megatron.errors import ConfigError, WorkerError
 from proma_megatron.runs.checkpoint_folder import MARKER
 from proma_megatron.runs.directory import RunDir
 from proma_megatron.runs.policies import Saved

@@ -25,7 +25,7 @@ from proma_megatron.cli import main
 from proma_megatron.commands.gradients.command import grads as grads_here
 from proma_megatron.config.loading import gradients_config
 from proma_megatron.config.sections import ProjectionConfig
-from proma_megatron.output import complete_or_absent
+from proma_megatron.files import complete_or_absent
 
 SEED = 11
 BATCH: Batch = random_batch(8, [2, 3, 1, 3, 2])

@@ -23,9 +23,8 @@ from proma_megatron.commands.evaluate.command import default_output, evaluate_sa
 from proma_megatron.commands.export.command import export
 from proma_megatron.commands.train.command import train
 from proma_megatron.config.loading import load_config, validate_config
-from proma_megatron.config.sections import ConfigError
 from proma_megatron.data.loading import load_tokenizer
-from proma_megatron.processes.failures import WorkerError
+from proma_megatron.errors import ConfigError, WorkerError
 from proma_megatron.runs.companions import keep_companions, write_companions
 from proma_megatron.runs.directory import RunDir
 from proma_megatron.runs.policies import Saved, open_saved

@@ -17,7 +17,7 @@ from PIL import Image
 from support.runs import Row, noisy_rows, rl_row, write_run
 
 from proma_megatron.commands.report import draw_report, summarize
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 from proma_megatron.figures import page
 from proma_megatron.figures.files import write_figure
 from proma_megatron.figures.page import write_page

@@ -12,7 +12,7 @@ from support.pooled import PooledStarts, run_in_pool
 from proma_megatron.cli import main
 from proma_megatron.commands.train.command import train
 from proma_megatron.config.loading import load_config
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 
 TINY = {
     "model.hidden_size": 32,

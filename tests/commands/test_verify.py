@@ -14,15 +14,10 @@ from support.command import forked_proma
 from support.forked import forked_start_workers
 from support.reference import huggingface_model
 
-from proma_megatron.commands.verify.command import (
-    KindError,
-    compare,
-    random_batch,
-    read_subject,
-    relative_error,
-)
 from proma_megatron.commands.verify.command import verify as verify_here
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.commands.verify.comparison import KindError, compare, relative_error
+from proma_megatron.commands.verify.subject import random_batch, read_subject
+from proma_megatron.errors import ConfigError
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 

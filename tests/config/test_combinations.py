@@ -6,15 +6,12 @@ from typing import Any, get_args
 
 import pytest
 
-from proma_megatron.config.combinations import (
-    RULES,
-    aggregation,
-    loss_kind,
-    loss_options,
-    normalizes_std,
-)
+from proma_megatron.config.choices import RULES
 from proma_megatron.config.loading import apply_overrides, validate_config
-from proma_megatron.config.sections import Algorithm, ConfigError, LossKind, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import Algorithm, LossKind, loss_kind, normalizes_std
+from proma_megatron.errors import ConfigError
+from proma_megatron.losses.options import aggregation, loss_options
 
 
 def config(*overrides: str, **tree: Any) -> RunConfig:

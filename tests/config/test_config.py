@@ -9,12 +9,8 @@ import yaml
 from support.qwen import write_qwen
 
 from proma_megatron.config.loading import dump_config, load_config, validate_config
-from proma_megatron.config.sections import (
-    ConfigError,
-    RunConfig,
-    check_data_files,
-    check_model_files,
-)
+from proma_megatron.config.run import RunConfig, check_data_files, check_model_files
+from proma_megatron.errors import ConfigError
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proma_megatron.config.sections import ColumnsConfig, ConfigError
+from proma_megatron.config.sections import ColumnsConfig
 from proma_megatron.data import datasets
 from proma_megatron.data.datasets import load_problems
+from proma_megatron.errors import ConfigError
 from proma_megatron.types import Message, Problem
 
 Rows = list[dict[str, Any]]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from support.qwen import END_OF_TEXT, END_OF_TURN, write_tokenizer
 from transformers import AutoTokenizer
 
-from proma_megatron.config.sections import ConfigError, PromptConfig
+from proma_megatron.config.sections import PromptConfig
 from proma_megatron.data.hf_tokenizer import HuggingFaceTokenizer
 from proma_megatron.data.prompts import PromptFormat
+from proma_megatron.errors import ConfigError
 from proma_megatron.types import Message, Problem
 
 CHAT = [Message("system", "Be brief."), Message("user", "2 + 2?")]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from proma_megatron.config.loading import validate_config
-from proma_megatron.config.sections import ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.data.loading import prepare_data
+from proma_megatron.errors import ConfigError
 
 SAMPLE = Path(__file__).parents[2] / "configs" / "sample"
 FILES: dict[str, object] = {

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proma_megatron.config.sections import ConfigError, PromptConfig
+from proma_megatron.config.sections import PromptConfig
 from proma_megatron.data.arithmetic import generate_problems
 from proma_megatron.data.prompts import PromptFormat, PromptSource, drop_long, format_plain
 from proma_megatron.data.tokenizer import SentencePieceTokenizer, train_tokenizer
+from proma_megatron.errors import ConfigError
 from proma_megatron.types import Message, Problem, Prompt
 
 PROBLEMS = generate_problems("train", 60, seed=0)

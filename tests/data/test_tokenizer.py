@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proma_megatron.config.sections import ConfigError
 from proma_megatron.data.arithmetic import generate_problems
 from proma_megatron.data.prompts import format_plain
 from proma_megatron.data.tokenizer import (
@@ -18,6 +17,7 @@ from proma_megatron.data.tokenizer import (
     SentencePieceTokenizer,
     train_tokenizer,
 )
+from proma_megatron.errors import ConfigError
 
 SPACE_MARK = "\u2581"
 

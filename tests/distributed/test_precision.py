@@ -11,11 +11,13 @@ import torch
 from proma_megatron.checkpoints.compatibility import shape_of
 from proma_megatron.config.fp8 import RECIPES, token_multiple
 from proma_megatron.config.loading import validate_config
-from proma_megatron.config.sections import ConfigError, ModelConfig, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import ModelConfig
 from proma_megatron.distributed import devices, libraries
 from proma_megatron.distributed.devices import check_backend, choose_backend
+from proma_megatron.errors import ConfigError
+from proma_megatron.model.build import transformer_config
 from proma_megatron.model.fp8_operands import high_precision
-from proma_megatron.model.policy import transformer_config
 
 SHAPE = {"hidden_size": 256, "ffn_hidden_size": 512, "heads": 8, "kv_heads": 4, "layers": 4}
 

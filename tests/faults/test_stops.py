@@ -16,7 +16,7 @@ from support.ledger import record
 from support.losses import differences
 from support.rewards import MOOD
 
-from proma_megatron.processes.stopping import EXIT_STOPPED, RunStopped
+from proma_megatron.processes.stopping import EXIT_STOPPED, read_stop
 
 USR1 = partial(send, signal.SIGUSR1)
 Undisturbed = Callable[..., Drill]
@@ -42,7 +42,7 @@ def stop(drill: Drill, layout: str, fault: Fault, signal_name: str) -> Callable[
     done = drill.go(fault)
     said = sentence(done)
     assert done.returncode == EXIT_STOPPED, (said, done.stdout)
-    assert said == str(RunStopped.read(drill.run_dir.logs))
+    assert said == str(read_stop(drill.run_dir.logs))
     assert said.startswith(f"stopped by {signal_name}")
     return lambda lost: record(
         f"{signal_name} to a rank", fault.phase, layout, done.returncode, said, lost

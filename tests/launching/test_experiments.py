@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from support.launch import Programs, Submitting, files_of, make_key, site, unused_port
 
-from proma_megatron.config.sections import ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.errors import ConfigError, LaunchError, UnreachableError
 from proma_megatron.launching.cluster import Cluster
-from proma_megatron.launching.connection import UnreachableError
-from proma_megatron.launching.experiments import LaunchError, build, dry_run, submit
+from proma_megatron.launching.experiments import build, dry_run, submit
 from proma_megatron.launching.local import run_here
 from proma_megatron.launching.stages import Stage, stages_of
 from proma_megatron.launching.submitted import find

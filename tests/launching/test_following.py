@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proma_megatron.launching.connection import Here, UnreachableError
+from proma_megatron.errors import UnreachableError
+from proma_megatron.launching.connection import Here
 from proma_megatron.launching.logs import follow, show
 from proma_megatron.launching.submitted import SubmittedJob
 

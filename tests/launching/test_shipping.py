@@ -8,7 +8,8 @@ import pytest
 from support.launch import CONTAINER, SSH, files_of, git, site
 
 from proma_megatron.config.loading import load_config, validate_config
-from proma_megatron.config.sections import ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.errors import ConfigError
 from proma_megatron.launching.executors import slurm_executor
 from proma_megatron.launching.nodes import Nodes
 from proma_megatron.launching.shipping import (

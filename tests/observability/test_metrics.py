@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from proma_megatron.observability.metrics import MetricsWriter, Stopwatch, read_metrics
+from proma_megatron.observability.metrics import MetricsWriter, read_metrics
+from proma_megatron.observability.timing import Stopwatch
 from proma_megatron.runs.directory import RunDir, prepare_run_dir
 from proma_megatron.types import StepReport
 

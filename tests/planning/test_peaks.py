@@ -6,7 +6,7 @@ import pytest
 from support.allocation import Decoded, rollout_peak, training_peak
 from support.pool import WorkerPool
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.plan import StagePlan, make_plan
 
 # Largest relative differences. A fifth is promised, but a formula that forgets a tensor may be off

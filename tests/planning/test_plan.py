@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from proma_megatron.batching.packing import plan_microbatches
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.counts import count
 from proma_megatron.planning.decoding import KEPT_ROWS
 from proma_megatron.planning.knobs import with_override

@@ -6,7 +6,8 @@ import pytest
 from support.allocation import Held, resident_bytes
 from support.pool import WorkerPool
 
-from proma_megatron.config.sections import ModelConfig, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import ModelConfig
 from proma_megatron.planning.plan import make_plan
 from proma_megatron.planning.resident import by_replica
 from proma_megatron.planning.shapes import Precision, stages

@@ -7,7 +7,8 @@ from support.allocation import sent_in_rollout, sent_in_training
 from support.gradients import TINY, VOCAB, collectives, random_batch
 from support.pool import WorkerPool
 
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
 from proma_megatron.planning.counts import count
 from proma_megatron.planning.plan import make_plan
 from proma_megatron.planning.shapes import stages

@@ -21,15 +21,17 @@ from support.stopping import agreement, waiting_seconds
 
 from proma_megatron import cli
 from proma_megatron.config.sections import ParallelConfig, ProcessConfig
+from proma_megatron.errors import RunStopped
 from proma_megatron.processes.elastic import start_workers
 from proma_megatron.processes.failures import LAUNCHED
 from proma_megatron.processes.signals import Forwarder
 from proma_megatron.processes.stopping import (
-    RunStopped,
     Stops,
     StopSignals,
     clock_started,
     clock_starts,
+    read_stop,
+    write_stop,
 )
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -193,17 +195,17 @@ def test_every_group_waits_as_long_as_the_configuration_says(workers: WorkerPool
 
 
 def test_a_stopped_run_says_so_and_leaves_it_for_the_launcher(tmp_path: Path) -> None:
-    assert RunStopped.read(tmp_path) is None
+    assert read_stop(tmp_path) is None
     saved = Path("runs/x/checkpoints/step_000012")
     stop = pickle.loads(pickle.dumps(RunStopped("SIGTERM", 12, saved)))
-    stop.write(tmp_path)
+    write_stop(stop, tmp_path)
     sentence = (
         "stopped by SIGTERM after step 12; runs/x/checkpoints/step_000012 is complete, --resume "
         "goes on from there"
     )
-    assert str(stop) == sentence == str(RunStopped.read(tmp_path))
-    RunStopped("SIGINT", 0, None).write(tmp_path)
-    assert "nothing is saved yet" in str(RunStopped.read(tmp_path))
+    assert str(stop) == sentence == str(read_stop(tmp_path))
+    write_stop(RunStopped("SIGINT", 0, None), tmp_path)
+    assert "nothing is saved yet" in str(read_stop(tmp_path))
 
 
 def test_the_command_ends_with_75(
@@ -289,8 +291,10 @@ def test_a_rank_is_told_once_and_not_before_it_listens() -> None:
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from proma_megatron.processes.failures import WorkerError, fail
-from proma_megatron.processes.stopping import RunStopped, StopSignals
+from proma_megatron.errors import WorkerError
+from proma_megatron.processes.failures import fail
+from proma_megatron.errors import RunStopped
+from proma_megatron.processes.stopping import StopSignals, write_stop
 
 def main(arguments):
     what, logs, rank = arguments[0], Path(arguments[1]), os.environ["RANK"]
@@ -301,7 +305,7 @@ def main(arguments):
             while signals.reason is None:
                 time.sleep(0.02)
         if rank == "0":
-            RunStopped(signals.reason, 7, Path("there")).write(logs)
+            write_stop(RunStopped(signals.reason, 7, Path("there")), logs)
         return
     if rank == "0":  # hangs, as a rank does whose machine is in trouble
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -348,7 +352,7 @@ def test_a_dead_rank_is_named_and_a_peer_that_does_not_react_ends_within_seconds
 def test_the_launcher_asks_its_ranks_and_gives_the_reason_that_it_had(
     tmp_path: Path, ranks: Any
 ) -> None:
-    RunStopped("SIGUSR1", 1, None).write(tmp_path)  # an earlier attempt's
+    write_stop(RunStopped("SIGUSR1", 1, None), tmp_path)  # an earlier attempt's
 
     def ask() -> None:
         while not (tmp_path / "ready1").exists():
@@ -360,7 +364,7 @@ def test_the_launcher_asks_its_ranks_and_gives_the_reason_that_it_had(
         ranks("stop")
     assert stopped.value.reason == "SIGTERM"
     assert stopped.value.step == 7
-    assert str(RunStopped.read(tmp_path)) == str(stopped.value)
+    assert str(read_stop(tmp_path)) == str(stopped.value)
 
 
 ORPHAN = """

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 from support.command import ROOT, proma
 
-from proma_megatron.config.sections import ConfigError, PhaseMinutes
-from proma_megatron.observability.metrics import Stopwatch
+from proma_megatron.config.sections import PhaseMinutes
+from proma_megatron.errors import ConfigError, HangError, WorkerError
+from proma_megatron.observability.timing import Stopwatch
 from proma_megatron.processes.failures import (
-    HangError,
-    WorkerError,
     first_error,
     forget_earlier,
     record_error,

@@ -18,7 +18,7 @@ from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
 from proma_megatron.projection.factors.contraction import Rows
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.fp8_gate import Difference, Figures, Pair, ValidityGate, warning
-from proma_megatron.weights.mapping import Reduction
+from proma_megatron.weights.shards import Reduction
 
 QKV: dict[str, Rows] = {  # two tensor ranks cut it in halves, and the second has no row of k
     "layers.0.q": ((0, 2), (6, 10)),

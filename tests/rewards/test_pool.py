@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from proma_megatron.config.sections import RewardConfig
+from proma_megatron.errors import RewardError
 from proma_megatron.rewards.pool import Scorer
-from proma_megatron.rewards.registry import RewardError
 from proma_megatron.types import Problem, Prompt, Rollout, ScoredRollout
 
 LIMIT = 100  # max_new_tokens

@@ -14,19 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proma_megatron.config.sections import ConfigError, RewardConfig, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import RewardConfig
 from proma_megatron.data.arithmetic import generate_problems
-from proma_megatron.rewards.registry import (
-    Judge,
-    Verdict,
-    check_reference,
-    check_reward,
-    gsm8k,
-    last_box,
-    load_judge,
-    load_reward,
-    math_answer,
-)
+from proma_megatron.errors import ConfigError
+from proma_megatron.rewards.gsm8k import gsm8k
+from proma_megatron.rewards.judge import Judge, Verdict, load_judge
+from proma_megatron.rewards.math_verify import last_box, math_answer
+from proma_megatron.rewards.registry import check_reference, check_reward, load_reward
 
 # --------------------------------------------------------------------------- gsm8k
 

@@ -18,7 +18,7 @@ from support.gradients import TINY
 from support.pool import WorkerPool
 
 from proma_megatron.config.sections import ModelConfig, ParallelConfig
-from proma_megatron.rollout.megatron import Completion, SamplingOptions
+from proma_megatron.rollout.engine import Completion, SamplingOptions
 
 VOCAB = 251
 FEW = 13  # a vocabulary in which a token comes again and again

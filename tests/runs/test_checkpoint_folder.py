@@ -9,9 +9,17 @@ import pytest
 from support.runs import complete
 
 from proma_megatron.checkpoints.compatibility import why_no_scaling
-from proma_megatron.runs.checkpoint_folder import MARKER, Marker, best, expendable, newest, point, read_marker, remove
-from proma_megatron.config.sections import ConfigError
-from proma_megatron.files import StorageError
+from proma_megatron.errors import ConfigError, StorageError
+from proma_megatron.runs.checkpoint_folder import (
+    MARKER,
+    Marker,
+    best,
+    expendable,
+    newest,
+    point,
+    read_marker,
+    remove,
+)
 
 
 def steps(folder: Path, *numbers: int, scores: dict[int, float] | None = None) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from support.runs import complete
 
+from proma_megatron.errors import ConfigError
 from proma_megatron.runs.checkpoint_folder import MARKER
-from proma_megatron.config.sections import ConfigError
-from proma_megatron.runs.directory import RunDir, describe_environment, git_state, prepare_run_dir, resumes
+from proma_megatron.runs.directory import RunDir, prepare_run_dir, resumes
+from proma_megatron.runs.environment import describe_environment, git_state
 
 
 def _start_run(path: Path) -> RunDir:

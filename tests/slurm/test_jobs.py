@@ -24,7 +24,7 @@ from support.slurm_jobs import (
 from support.sshd import SshServer, missing_ssh, private_home_command
 
 from proma_megatron.observability.metrics import read_metrics
-from proma_megatron.processes.stopping import EXIT_STOPPED, RunStopped
+from proma_megatron.processes.stopping import EXIT_STOPPED, read_stop
 from proma_megatron.runs.directory import RunDir
 
 pytestmark = pytest.mark.slurm
@@ -193,7 +193,7 @@ def test_a_job_that_is_interrupted_again_and_again_loses_nothing(
     cluster.run("scancel", "--signal=USR1", job)  # as --signal does before the time limit
     interrupted.release()
     cluster.start_again(job)
-    stop = RunStopped.read(interrupted.run_dir.logs)
+    stop = read_stop(interrupted.run_dir.logs)
     assert stop is not None
     assert (stop.reason, stop.step) == ("SIGUSR1", 2)
 
@@ -226,7 +226,7 @@ def test_a_job_is_not_queued_again_more_often_than_allowed(
     state = cluster.wait(job, ("COMPLETED", "FAILED", "CANCELLED", "PENDING"))
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), printed(spent)
     assert state["ExitCode"] == f"{EXIT_STOPPED}:0"
-    assert RunStopped.read(spent.run_dir.logs) is not None
+    assert read_stop(spent.run_dir.logs) is not None
     assert "max_requeues allows no more" in printed(spent)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
 from proma_megatron.learner.gradients import denominator
-from proma_megatron.projection.rules import intra_proma
+from proma_megatron.projection import sizes
 from proma_megatron.types import TrainingSequence
 from support.gradients import TINY, Batch, gradients, random_batch, streaming
 from support.pool import WorkerPool
@@ -185,11 +185,11 @@ def run(workers: WorkerPool, case: Case) -> dict[str, torch.Tensor]:
 
 def iterating(device: torch.device, **arguments: Any) -> dict[str, torch.Tensor]:
     """A job: `gradients`, with subspaces by iteration as where microbatches are long."""
-    before, intra_proma.DIRECT_TOKENS = intra_proma.DIRECT_TOKENS, 0
+    before, sizes.DIRECT_TOKENS = sizes.DIRECT_TOKENS, 0
     try:
         return gradients(device, **arguments)
     finally:
-        intra_proma.DIRECT_TOKENS = before
+        sizes.DIRECT_TOKENS = before
 
 
 def projection_named(name: str) -> ProjectionConfig:

@@ -20,14 +20,15 @@ from proma_megatron.checkpoints.compatibility import layout_of, optimizer_of, sh
 from proma_megatron.checkpoints.loading import load_checkpoint
 from proma_megatron.checkpoints.saving import Retention, Saved, Saver
 from proma_megatron.checkpoints.sharded import Contents
-from proma_megatron.config.sections import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from proma_megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
 from proma_megatron.distributed.topology import Topology, layout
-from proma_megatron.files import StorageError
+from proma_megatron.errors import ConfigError, StorageError
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.learner.schedule import forward_backward
 from proma_megatron.learner.snapshots import WeightSnapshot
 from proma_megatron.losses.options import REINFORCE
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.runs.checkpoint_folder import Marker, checkpoints, is_complete
 from proma_megatron.weights.gathering import gather
 from support.gradients import TINY, VOCAB, random_batch

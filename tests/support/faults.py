@@ -13,7 +13,8 @@ from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.gradients import denominator
 from proma_megatron.learner.schedule import forward_backward
 from proma_megatron.losses.options import UNIT
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
 from support.gradients import TINY, VOCAB, random_batch
 

@@ -32,7 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from proma_megatron.config.sections import ProcessConfig
 from proma_megatron.processes import entry
 from proma_megatron.processes.failures import LAUNCHED, first_error, forget_earlier
-from proma_megatron.processes.stopping import RunStopped
+from proma_megatron.processes.stopping import read_stop
 
 _PRELOADED = "support.preloaded"
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -271,7 +271,7 @@ def forked_start_workers(
         print(ranks.stderr[0].read_text(), end="", file=sys.stderr)
     if failures:
         raise first_error(logs, ChildFailedError(name, failures)) from None
-    stopped = RunStopped.read(logs)
+    stopped = read_stop(logs)
     if stopped is not None:
         raise stopped
 

@@ -16,9 +16,11 @@ from proma_megatron.config.sections import ModelConfig, ParallelConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.schedule import evaluate_logprobs, forward_backward
 from proma_megatron.losses.options import UNIT
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.rollout import megatron as generator
-from proma_megatron.rollout.megatron import Completion, SamplingOptions, generate
+from proma_megatron.rollout.engine import Completion, SamplingOptions
+from proma_megatron.rollout.megatron import generate
 from proma_megatron.rollout.sampling import sample_shard
 from proma_megatron.types import Microbatch, TrainingSequence
 from proma_megatron.weights.gathering import gather

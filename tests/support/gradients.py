@@ -20,15 +20,17 @@ from proma_megatron.learner.gradients import denominator, projected_gradients, r
 from proma_megatron.learner.schedule import forward_backward
 from proma_megatron.losses.options import REINFORCE, UNIT
 from proma_megatron.losses.policy_loss import policy_loss
+from proma_megatron.model.build import build_policy
 from proma_megatron.model.logprobs import vocab_parallel_logprobs
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection import accumulator as accumulator_module
 from proma_megatron.projection.accumulator import Accumulator
+from proma_megatron.projection.capture import Capture
 from proma_megatron.projection.updaters import updater
-from proma_megatron.projection.updaters.updater import Capture
 from proma_megatron.types import Microbatch, TrainingSequence
+from proma_megatron.weights.filling import fill
 from proma_megatron.weights.gathering import gather
-from proma_megatron.weights.mapping import fill, tensor_shapes
+from proma_megatron.weights.mapping import tensor_shapes
 
 VOCAB = 251  # prime: never divides before padding
 TINY = ModelConfig(

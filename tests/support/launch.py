@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from proma_megatron.errors import UnreachableError
 from proma_megatron.launching.cluster import Cluster
-from proma_megatron.launching.connection import UnreachableError
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = sorted((ROOT / "launch" / "clusters").glob("*.yaml"))

@@ -10,17 +10,20 @@ from unittest import mock
 import torch
 
 from proma_megatron.config.loading import validate_config
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import ModelConfig, ParallelConfig
 from proma_megatron.distributed.topology import Topology, layout
+from proma_megatron.learner.divergences import Divergences
 from proma_megatron.learner.learner import Learner
-from proma_megatron.learner.references import Divergences, References
+from proma_megatron.learner.references import References
 from proma_megatron.learner.schedule import Sums
 from proma_megatron.learner.snapshots import RunningMean, WeightSnapshot
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.types import TrainingSequence
 from proma_megatron.weights.gathering import gather
-from proma_megatron.weights.mapping import ParameterShard
+from proma_megatron.weights.shards import ParameterShard
 from support.gradients import VOCAB
 
 SEED = 7

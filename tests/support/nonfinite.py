@@ -20,7 +20,8 @@ from proma_megatron.learner.gradients import projected_gradients
 from proma_megatron.learner.learner import Learner
 from proma_megatron.learner.nonfinite import Offence, dump
 from proma_megatron.learner.optimizer import Optimizer
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.types import TrainingSequence
 from support.gradients import VOCAB

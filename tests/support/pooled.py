@@ -15,7 +15,7 @@ import torch
 from proma_megatron.commands.train.command import _prepare
 from proma_megatron.commands.train.rank import _run_in_group
 from proma_megatron.config.loading import load_config
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.runs.directory import RunDir

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from proma_megatron.batching.packing import pack
 from proma_megatron.checkpoints.loading import load_policy
 from proma_megatron.config.loading import validate_config
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.schedule import evaluate_logprobs
 from proma_megatron.model.policy import Policy

@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from proma_megatron.config.sections import ModelConfig, ParallelConfig
 from proma_megatron.distributed.topology import layout
-from proma_megatron.model.policy import build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.weights.filling import fill
 from proma_megatron.weights.gathering import gather
-from proma_megatron.weights.mapping import Run, fill, parameter_shards
+from proma_megatron.weights.mapping import parameter_shards
+from proma_megatron.weights.shards import Run
 from support.gradients import VOCAB, random_weights
 
 

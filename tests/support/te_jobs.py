@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, RunConfig
+from benchmarks.live_bytes import LiveBytes
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import ModelConfig, ParallelConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.gradients import denominator, replica_share
 from proma_megatron.learner.learner import Learner
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.learner.schedule import forward_backward
 from proma_megatron.losses.options import UNIT
+from proma_megatron.model.build import build_policy
 from proma_megatron.model.capture import Operands, captured_layers
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.types import Microbatch, TrainingSequence
-from support.allocation import LiveBytes, full_microbatches, storage_bytes
+from support.allocation import full_microbatches, storage_bytes
 from support.gradients import Batch, _policy
 
 # Every dimension is a multiple of 128, which FP8 in blocks asks for.

@@ -15,10 +15,11 @@ from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.learner.schedule import Sums, evaluate_logprobs, forward_backward
 from proma_megatron.losses.options import REINFORCE
-from proma_megatron.model.policy import Policy, build_policy
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import Policy
 from proma_megatron.types import Microbatch, TrainingSequence
 from proma_megatron.weights.gathering import gather
-from proma_megatron.weights.mapping import ParameterShard
+from proma_megatron.weights.shards import ParameterShard
 from support.gradients import VOCAB, Batch
 
 SEED = 7

@@ -17,7 +17,7 @@ from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.fp8_gate import Figures, Pair, ValidityGate
 from proma_megatron.projection.units import Unit
 from proma_megatron.types import Microbatch, TrainingSequence
-from proma_megatron.weights.mapping import ParameterShard, Reduction
+from proma_megatron.weights.shards import ParameterShard, Reduction
 
 CPU = torch.device("cpu")
 

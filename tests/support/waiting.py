@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from proma_megatron.projection import host_sync
 from proma_megatron.projection.accumulator import Accumulator
-from proma_megatron.projection.updaters import updater
+from proma_megatron.projection.updaters import sums
 from support.gradients import gradients
 
 # Operations that read values on the host, by name; `_waits` has those that do so only sometimes.
@@ -120,22 +120,22 @@ class _Products(TorchDispatchMode):
 def products_beside_sums(device: torch.device, **arguments: Any) -> list[int]:
     """A job: of each sum over tensor ranks, how many products came before it was waited for."""
     products, begun, found = _Products(), {}, []
-    start, wait = updater.start_sum, updater.Sum.wait
+    start, wait = sums.start_sum, sums.Sum.wait
 
-    def starting(*given: Any) -> updater.Sum:
+    def starting(*given: Any) -> sums.Sum:
         made = start(*given)
         if made.work is not None:
             begun[id(made)] = products.count
         return made
 
-    def waited(made: updater.Sum) -> list[torch.Tensor]:
+    def waited(made: sums.Sum) -> list[torch.Tensor]:
         if id(made) in begun:
             found.append(products.count - begun.pop(id(made)))
         return wait(made)
 
     with (
-        mock.patch.object(updater, "start_sum", starting),
-        mock.patch.object(updater.Sum, "wait", waited),
+        mock.patch.object(sums, "start_sum", starting),
+        mock.patch.object(sums.Sum, "wait", waited),
         products,
     ):
         gradients(device, **arguments)

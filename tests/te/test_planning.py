@@ -8,7 +8,7 @@ import pytest
 from support.te_jobs import WIDE, HeldByLayers, held_after_forward
 from support.te_pool import TransformerEnginePool
 
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.activations import kept_by_layer
 from proma_megatron.planning.plan import make_plan
 from proma_megatron.planning.quantized import in_fp8

@@ -12,7 +12,7 @@ from support.pool import WorkerPool
 from support.pooled import TINY_RUN, rl_rows, run_in_pool
 
 from proma_megatron.config.loading import apply_overrides, validate_config
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from proma_megatron.commands.compare.results import (
 from proma_megatron.commands.compare.runs import Comparison, Planned, started_from
 from proma_megatron.commands.compare.state import Todo, todo
 from proma_megatron.config.pretrained import CONFIG
-from proma_megatron.config.sections import ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.errors import ConfigError
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.runs.directory import RunDir, prepare_run_dir
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from proma_megatron.commands.compare.runs import Comparison
-from proma_megatron.config.sections import ConfigError
+from proma_megatron.errors import ConfigError
 from proma_megatron.figures.files import write_figure
 from proma_megatron.figures.panels import PAPER, Panel
 from proma_megatron.figures.runs import Group, Run, read_run
 from proma_megatron.figures.series import at_end, step_seconds
 from proma_megatron.figures.words import seconds, spread
-from proma_megatron.output import complete_or_absent
-from proma_megatron.runs.directory import describe_environment
+from proma_megatron.files import complete_or_absent
+from proma_megatron.runs.environment import describe_environment
 
 
 def write_recipe(comparison: Comparison, command: str) -> None:

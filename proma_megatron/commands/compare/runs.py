@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from proma_megatron.config.combinations import RULES
+from proma_megatron.config.choices import RULES
 from proma_megatron.config.loading import validate_config
 from proma_megatron.config.pretrained import SHAPE
-from proma_megatron.config.sections import Algorithm, ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.config.sections import Algorithm
+from proma_megatron.errors import ConfigError
 from proma_megatron.runs.directory import RunDir
 
 Tree = dict[str, Any]  # a configuration as its file has it

@@ -7,7 +7,8 @@ import enum
 import yaml
 
 from proma_megatron.config.loading import differences, dump_config, read_tree
-from proma_megatron.config.sections import ConfigError, RunConfig
+from proma_megatron.config.run import RunConfig
+from proma_megatron.errors import ConfigError
 from proma_megatron.runs.checkpoint_folder import read_marker
 from proma_megatron.runs.directory import RunDir
 

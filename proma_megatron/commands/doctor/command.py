@@ -13,13 +13,9 @@ from rich.text import Text
 
 from proma_megatron.commands.doctor.findings import Finding, look
 from proma_megatron.commands.doctor.probes import PROBES
-from proma_megatron.config.sections import (
-    ConfigError,
-    RunConfig,
-    check_data_files,
-    check_model_files,
-)
+from proma_megatron.config.run import RunConfig, check_data_files, check_model_files
 from proma_megatron.distributed import libraries
+from proma_megatron.errors import ConfigError
 
 # Without these no run starts, whatever its configuration.
 NEEDED = ("machine", "torch", "megatron-core", "sentencepiece")

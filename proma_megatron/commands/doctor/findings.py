@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from threading import Lock
 from typing import Literal
 
 import psutil
 
+from proma_megatron.commands.doctor.told import MARK, installed_version
+
 State = Literal["works", "absent", "unused", "broken"]
 
 TIMEOUT = 180.0  # seconds for one part; the first import of a large library from a network disk
-MARK = "proma doctor: "  # before a child's result, which may follow what libraries print
 PROBES = "proma_megatron.commands.doctor.probes"
 # One after the other: some clusters let a GPU serve one process at a time.
 ON_GPUS = ("gpus", "nccl", "megatron-core", "transformer-engine", "apex")
@@ -61,14 +61,6 @@ def look(names: Sequence[str], timeout: float = TIMEOUT) -> list[Finding]:
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(look_in_turn, names))
-
-
-def installed_version(name: str) -> str:
-    """Of a distribution; empty for a folder on the path, which nothing has installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _look(name: str, timeout: float) -> Finding:

@@ -22,7 +22,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from proma_megatron.commands.doctor.findings import MARK, installed_version
+from proma_megatron.commands.doctor.told import MARK, installed_version
 from proma_megatron.distributed import libraries
 
 Result = dict[str, Any]
@@ -176,7 +176,7 @@ def megatron_core() -> Result:
     from proma_megatron.distributed import topology
     from proma_megatron.learner.gradients import projected_gradients
     from proma_megatron.learner.optimizer import Optimizer
-    from proma_megatron.model.policy import build_policy
+    from proma_megatron.model.build import build_policy
     from proma_megatron.types import TrainingSequence
 
     sequence = TrainingSequence(tuple(range(6)), (0, 0, 1, 1, 1, 1), 1.0, (0.0,) * 6)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from proma_megatron.config.sections import ConfigError, RunConfig, Section, check_model_files
+from proma_megatron.commands.evaluate.job import EvaluationJob
+from proma_megatron.config.run import check_model_files
 from proma_megatron.data.datasets import load_problems
-from proma_megatron.data.loading import check_references, load_tokenizer, make_prompts
-from proma_megatron.output import check_output, working_folder
+from proma_megatron.data.loading import load_tokenizer, make_prompts
+from proma_megatron.errors import ConfigError
+from proma_megatron.files import check_output
 from proma_megatron.processes.ranks import (
     already_started,
     as_started,
@@ -16,20 +18,12 @@ from proma_megatron.processes.ranks import (
     run_job,
     say,
     take_part,
+    working_folder,
 )
 from proma_megatron.processes.slurm import adopt_slurm
-from proma_megatron.rewards.registry import check_reward
+from proma_megatron.rewards.registry import check_references, check_reward
 from proma_megatron.runs.policies import Saved
 from proma_megatron.weights.huggingface import conversion_note, read_model
-
-
-class EvaluationJob(Section):
-    """One evaluation of one policy on one file of problems."""
-
-    config: RunConfig
-    checkpoint: Path | None  # None: the weights are those of config.model.path
-    data: Path
-    out: Path  # JSONL, one completion a line
 
 
 def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: bool) -> None:

@@ -14,13 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from proma_megatron.checkpoints.loading import load_policy
-from proma_megatron.commands.evaluate.command import EvaluationJob
+from proma_megatron.commands.evaluate.job import EvaluationJob
 from proma_megatron.data.datasets import load_problems
 from proma_megatron.data.loading import load_tokenizer, make_prompts
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.evaluation.evaluate import Evaluation, evaluate
-from proma_megatron.observability.metrics import write_rows
-from proma_megatron.output import complete_or_absent
+from proma_megatron.files import complete_or_absent, write_rows
 from proma_megatron.processes.ranks import in_layout, serve
 from proma_megatron.rewards.pool import Scorer
 

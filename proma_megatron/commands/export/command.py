@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
 
-from proma_megatron.config.sections import ConfigError, RunConfig, Section
+from proma_megatron.commands.export.job import Dtype, ExportJob
 from proma_megatron.data.loading import load_tokenizer
-from proma_megatron.output import working_folder
+from proma_megatron.errors import ConfigError
 from proma_megatron.processes.ranks import (
     already_started,
     as_started,
@@ -17,23 +16,11 @@ from proma_megatron.processes.ranks import (
     run_job,
     say,
     take_part,
+    working_folder,
 )
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.runs.companions import write_companions
 from proma_megatron.runs.policies import Saved
-
-Dtype = Literal["float64", "float32", "float16", "bfloat16"]
-
-
-class ExportJob(Section):
-    """Weights of one checkpoint, written to a directory that is there."""
-
-    config: RunConfig
-    checkpoint: Path
-    vocab_size: int
-    dtype: Dtype
-    shard_size: str  # largest file, as huggingface_hub spells sizes
-    out: Path
 
 
 def export(

@@ -7,9 +7,16 @@ from pathlib import Path
 
 from proma_megatron.batching.batch_file import read_batch, write_batch
 from proma_megatron.commands.gradients.job import GradientJob
-from proma_megatron.config.sections import GradientsConfig, check_layout
-from proma_megatron.output import check_output, working_folder
-from proma_megatron.processes.ranks import already_started, as_started, run_job, say, take_part
+from proma_megatron.config.run import GradientsConfig, check_layout
+from proma_megatron.files import check_output
+from proma_megatron.processes.ranks import (
+    already_started,
+    as_started,
+    run_job,
+    say,
+    take_part,
+    working_folder,
+)
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.weights.huggingface import read_model
 

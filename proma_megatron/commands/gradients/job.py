@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proma_megatron.config.sections import GradientsConfig, ModelConfig, PositiveInt, Section
+from proma_megatron.config.run import GradientsConfig
+from proma_megatron.config.sections import ModelConfig, PositiveInt, Section
 
 
 class GradientJob(Section):

@@ -20,15 +20,16 @@ from safetensors.torch import save_file
 from proma_megatron.batching.batch_file import read_batch
 from proma_megatron.commands.gradients.job import GradientJob
 from proma_megatron.distributed.topology import Topology
+from proma_megatron.files import complete_or_absent
 from proma_megatron.learner.gradients import Batch, denominator, projected_gradients
-from proma_megatron.model.policy import DTYPES, Policy, build_policy
-from proma_megatron.output import complete_or_absent
+from proma_megatron.model.build import build_policy
+from proma_megatron.model.policy import DTYPES, Policy
 from proma_megatron.processes.ranks import in_layout, serve
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.diagnostics import UnitSums
 from proma_megatron.projection.units import layer_of
+from proma_megatron.weights.filling import fill
 from proma_megatron.weights.huggingface import read_model
-from proma_megatron.weights.mapping import fill
 
 
 def run_gradients(job: GradientJob, logs: Path | None) -> str | None:

@@ -12,31 +12,21 @@ import yaml
 from proma_megatron.checkpoints.compatibility import check_model, check_optimizer
 from proma_megatron.checkpoints.integrity import check_sizes
 from proma_megatron.config.loading import differences, dump_config, read_tree
-from proma_megatron.config.sections import RunConfig, check_data_files, check_model_files
-from proma_megatron.data.loading import (
-    check_demonstrations,
-    check_references,
-    prepare_data,
-    with_own_tokenizer,
-)
+from proma_megatron.config.run import RunConfig, check_data_files, check_model_files
+from proma_megatron.data.loading import check_demonstrations, prepare_data
 from proma_megatron.distributed.devices import check_precision, check_replicas, choose_device
+from proma_megatron.errors import RunStopped, StoppedError, WorkerError
 from proma_megatron.files import write_synced
 from proma_megatron.processes.elastic import start_workers
 from proma_megatron.processes.entry import defer_compilation
-from proma_megatron.processes.failures import StoppedError, WorkerError, end, forget_earlier
+from proma_megatron.processes.failures import end, forget_earlier
 from proma_megatron.processes.ranks import say
 from proma_megatron.processes.slurm import adopt_slurm
-from proma_megatron.processes.stopping import (
-    EXIT_STOPPED,
-    STOP_CODE,
-    RunStopped,
-    StopSignals,
-    clock_starts,
-)
-from proma_megatron.rewards.registry import check_reward
+from proma_megatron.processes.stopping import EXIT_STOPPED, STOP_CODE, StopSignals, clock_starts
+from proma_megatron.rewards.registry import check_references, check_reward
 from proma_megatron.runs.checkpoint_folder import is_warm_start, read_marker
 from proma_megatron.runs.companions import keep_companions
-from proma_megatron.runs.directory import RunDir, prepare_run_dir
+from proma_megatron.runs.directory import RunDir, prepare_run_dir, with_own_tokenizer
 from proma_megatron.weights.huggingface import conversion_note, read_model
 
 

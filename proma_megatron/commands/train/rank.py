@@ -16,17 +16,23 @@ import torch
 import torch.distributed as dist
 
 from proma_megatron.config.loading import load_config
-from proma_megatron.config.sections import RunConfig
-from proma_megatron.data.loading import prepare_data, with_own_tokenizer
+from proma_megatron.config.run import RunConfig
+from proma_megatron.data.loading import prepare_data
 from proma_megatron.distributed.devices import check_precision, check_replicas, choose_device
 from proma_megatron.distributed.topology import layout, process_group
+from proma_megatron.errors import RunStopped
 from proma_megatron.files import written
 from proma_megatron.observability.reporter import Live, Reporter, Silent
 from proma_megatron.processes.failures import fail, record_error
-from proma_megatron.processes.stopping import RunStopped, Stops, StopSignals, clock_started
+from proma_megatron.processes.stopping import (
+    Stops,
+    StopSignals,
+    clock_started,
+    write_stop,
+)
 from proma_megatron.processes.watchdog import Phases, Watchdog
 from proma_megatron.rewards.registry import check_reward
-from proma_megatron.runs.directory import RunDir
+from proma_megatron.runs.directory import RunDir, with_own_tokenizer
 from proma_megatron.training.run import Trainer
 
 
@@ -63,7 +69,7 @@ def run_worker(config: RunConfig, resume: bool, signals: StopSignals) -> None:
         except RunStopped as stop:
             if dist.get_rank() == 0:
                 with contextlib.suppress(OSError):  # all is saved, whether or not this is
-                    stop.write(run_dir.logs)
+                    write_stop(stop, run_dir.logs)
             dist.barrier()  # torchrun ends the others as soon as one has left
             raise
         except BaseException as error:  # torch's CheckpointException is no Exception

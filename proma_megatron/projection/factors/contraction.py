@@ -84,3 +84,16 @@ def _chunks(unit: Rows, chunk: int, device: torch.device) -> torch.Tensor:
     # On the device from the beginning: the host waits for copies of its lists.
     runs = [torch.arange(start // chunk, stop // chunk, device=device) for start, stop in unit]
     return torch.cat(runs or [torch.arange(0, device=device)])
+
+
+def _products(
+    found: torch.Tensor, units: Sequence[Rows], accumulated: torch.Tensor | None, chunk: int
+) -> list[Products]:
+    """Of each unit, from its chunks' products (n, k, k), or (n, k + 1, k) with c as last row."""
+    k = found.shape[2]
+    whole = by_unit(found, units, chunk)
+    if accumulated is None:
+        nothing = found.new_zeros((), dtype=torch.float64)
+        return [Products(gram, nothing.expand(k), nothing) for gram in whole]
+    energy = by_unit(dots(accumulated, accumulated, chunk), units, chunk)
+    return [Products(sums[:k], sums[k], e) for sums, e in zip(whole, energy, strict=True)]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from proma_megatron.output import complete_or_absent
+from proma_megatron.files import complete_or_absent
 from proma_megatron.projection.factors.gemm import Gemm
 
 if TYPE_CHECKING:

@@ -37,10 +37,12 @@ from typing import Literal
 import torch
 
 from proma_megatron.projection.rules.proma import all_finite, masked
+from proma_megatron.projection.sizes import (
+    ITERATIONS,
+    is_direct,
+    sketch_width,
+)
 
-DIRECT_TOKENS = 256
-ITERATIONS = 8
-OVERSAMPLING = 8
 SEED = 20  # of the sketch
 # Directions whose squared singular value is below this, relative to the largest, are rounding noise
 # of sums in float64, and absent.
@@ -137,16 +139,6 @@ def dominant(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> list
     if is_direct(matrices[0].tokens, rank):
         return _direct(matrices, rank, reduce)
     return _iterated(matrices, rank, reduce)
-
-
-def sketch_width(rank: int) -> int:
-    """l: columns that the iteration carries."""
-    return rank + max(rank, OVERSAMPLING)
-
-
-def is_direct(tokens: int, rank: int) -> bool:
-    """Whether the (T, T) Gram matrix is used."""
-    return tokens <= max(DIRECT_TOKENS, sketch_width(rank))
 
 
 def _direct(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> list[Subspace]:

@@ -22,6 +22,7 @@ import torch
 
 from proma_megatron.config.sections import ProjectionConfig
 from proma_megatron.distributed.topology import Axis
+from proma_megatron.projection.capture import Capture
 from proma_megatron.projection.diagnostics import Tally
 from proma_megatron.projection.factors.linear import LinearFactors
 from proma_megatron.projection.rules.intra_proma import (
@@ -34,9 +35,10 @@ from proma_megatron.projection.rules.intra_proma import (
 )
 from proma_megatron.projection.rules.proma import clamp_factor, masked
 from proma_megatron.projection.units import Unit
-from proma_megatron.projection.updaters.updater import Capture, add_plainly, sum_together
+from proma_megatron.projection.updaters.sums import sum_together
+from proma_megatron.projection.updaters.updater import add_plainly
 from proma_megatron.types import Microbatch
-from proma_megatron.weights.mapping import Reduction
+from proma_megatron.weights.shards import Reduction
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,21 @@ import torch
 
 from proma_megatron.config.sections import ProjectionConfig
 from proma_megatron.distributed.topology import Axis
+from proma_megatron.projection.capture import Capture
 from proma_megatron.projection.diagnostics import Tally
-from proma_megatron.projection.factors.linear import VectorFactors, take
+from proma_megatron.projection.factors.vector import VectorFactors, take
 from proma_megatron.projection.rules.isopo import Kind, precondition
 from proma_megatron.projection.units import Unit
-from proma_megatron.projection.updaters.updater import (
-    Capture,
+from proma_megatron.projection.updaters.sums import (
     GroupSum,
     Summands,
-    add,
-    add_unprojected,
     start_group_sum,
     symmetric,
     triangle,
 )
+from proma_megatron.projection.updaters.updater import add, add_unprojected
 from proma_megatron.types import Microbatch
-from proma_megatron.weights.mapping import Reduction
+from proma_megatron.weights.shards import Reduction
 
 
 class Preconditioning:

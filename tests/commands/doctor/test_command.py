@@ -15,7 +15,7 @@ from support.command import proma, proma_here
 from proma_megatron.commands.doctor import command, probes
 from proma_megatron.commands.doctor.command import conclude, show
 from proma_megatron.commands.doctor.findings import Finding, State
-from proma_megatron.config.sections import RunConfig
+from proma_megatron.config.run import RunConfig
 from proma_megatron.distributed import devices, libraries
 
 UNTESTED = "Transformer Engine is 2.19.0, tested is >=2.20,<2.21; pip install 'te[pytorch]'"

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from proma_megatron.projection.factors import gemm as gemm_module
+from proma_megatron.projection.factors.base import Factors
 from proma_megatron.projection.factors.contraction import Rows
+from proma_megatron.projection.factors.embedding import Lookup, LookupFactors
 from proma_megatron.projection.factors.gemm import TorchGemm
-from proma_megatron.projection.factors.linear import Factors, LinearFactors, Lookup, LookupFactors
+from proma_megatron.projection.factors.linear import LinearFactors
 from proma_megatron.projection.factors.materialization import (
     SMALL_BYTES,
     Choice,

@@ -15,13 +15,14 @@ from support.pool import WorkerPool
 
 from proma_megatron.distributed import libraries
 from proma_megatron.projection.factors import gemm as gemm_module
+from proma_megatron.projection.factors.embedding import Lookup
 from proma_megatron.projection.factors.gemm import (
     ApexGemm,
     TorchGemm,
     TransformerEngineGemm,
     choose_gemm,
 )
-from proma_megatron.projection.factors.linear import LinearFactors, Lookup
+from proma_megatron.projection.factors.linear import LinearFactors
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.types import Sequences
 

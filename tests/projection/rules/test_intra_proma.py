@@ -11,16 +11,15 @@ from hypothesis import strategies as st
 from support.paper import deflated, dominant_projector
 
 from proma_megatron.config.sections import ProjectionConfig
-from proma_megatron.projection.rules import intra_proma
+from proma_megatron.projection import sizes
 from proma_megatron.projection.rules.intra_proma import (
-    ITERATIONS,
     Sides,
     Subspace,
     TokenMatrix,
     dominant,
     removal,
-    sketch_width,
 )
+from proma_megatron.projection.sizes import ITERATIONS, sketch_width
 
 SIDES: list[Sides] = ["both", "input", "output"]
 BIG = 2**20
@@ -28,7 +27,7 @@ BIG = 2**20
 
 @pytest.fixture
 def iterating(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intra_proma, "DIRECT_TOKENS", 0)
+    monkeypatch.setattr(sizes, "DIRECT_TOKENS", 0)
 
 
 def alone(parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -129,7 +128,7 @@ def test_ranks_find_the_subspace_of_the_whole_matrix(
     direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three ranks as threads: two hold columns, one none; the second matrix all hold."""
-    monkeypatch.setattr(intra_proma, "DIRECT_TOKENS", 256 if direct else 0)
+    monkeypatch.setattr(sizes, "DIRECT_TOKENS", 256 if direct else 0)
     cut, shared = decaying(0, 50, 30, 2.0), decaying(5, 50, 12, 2.0)
     columns = [[(0, 4), (20, 30)], [(4, 20)], []]
     barrier = threading.Barrier(len(columns))
@@ -217,7 +216,7 @@ def test_of_a_one_sided_part_a_rank_knows_its_own_entries() -> None:
 def test_a_matrix_that_is_not_finite_is_said_to_be_so(
     direct: bool, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intra_proma, "DIRECT_TOKENS", 256 if direct else 0)
+    monkeypatch.setattr(sizes, "DIRECT_TOKENS", 256 if direct else 0)
     good, poisoned = normal(0, 30, 10), normal(0, 30, 10)
     poisoned[3, 2] = bad
     found = dominant([whole(poisoned), whole(good)], 2, alone)
