@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Megatron-Core reports every optional kernel that is missing, once a process, at import.
 warnings.filterwarnings("ignore", module=r"megatron\.")
