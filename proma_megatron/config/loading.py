@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from proma_megatron.config.pretrained import SHAPE, planned_shape
 from proma_megatron.config.run import TRAINING, GradientsConfig, RunConfig
 from proma_megatron.config.sections import Section
+from proma_megatron.config.shipped import find_config
 from proma_megatron.errors import ConfigError
 
 ABSENT = "not there"  # what a tree says of a key that it lacks
@@ -41,6 +42,7 @@ def read_tree(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: a file is missing, no mapping, or its own base.
     """
+    path = path if within else find_config(path)
     if path.resolve() in within:
         raise ConfigError(f"{path} is its own base; remove the key 'base' from one of the files")
     if not path.is_file():

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from proma_megatron.config.loading import read_tree, validate_section
 from proma_megatron.config.sections import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from proma_megatron.config.shipped import find_cluster
 from proma_megatron.errors import ConfigError
 
 _WORD = re.compile(r"[A-Za-z0-9_.,:=@%+/#-]+")
@@ -355,6 +356,7 @@ def load_cluster(path: Path) -> Cluster:
     Raises:
         ConfigError: it is missing or no mapping, or a value does not fit.
     """
+    path = find_cluster(path)
     try:
         return validate_section(read_tree(path), Cluster)
     except ConfigError as error:
