@@ -522,14 +522,13 @@ class PackedAttention(torch.nn.Module):
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Policies that are built here may have TE's layers on the CPU."""
-    from proma_megatron.model import policy as model
-    from proma_megatron.model import te_capture
+    from proma_megatron.model import build, te_capture
 
     def choose(compute: Any, device: str) -> str:
         return "torch" if compute.backend == "torch" else "transformer_engine"
 
     with (
-        mock.patch.object(model, "choose_backend", choose),
+        mock.patch.object(build, "choose_backend", choose),
         mock.patch.object(te_capture, "_PackedAttention", PackedAttention),
     ):
         yield
