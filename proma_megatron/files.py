@@ -128,10 +128,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """A JSONL file of these rows, in place of what ``path`` held."""
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for row in rows:
-            _append_line(file, row)
+            append_row(file, row)
 
 
-def _append_line(file: TextIO, row: Mapping[str, Any]) -> None:
+def append_row(file: TextIO, row: Mapping[str, Any]) -> None:
     file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
     file.flush()
 

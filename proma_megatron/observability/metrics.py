@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from proma_megatron.errors import StorageError
-from proma_megatron.files import _append_line, written
+from proma_megatron.files import append_row, written
 from proma_megatron.runs.directory import RunDir
 
 if TYPE_CHECKING:  # both take seconds to import, and reading metrics needs neither
@@ -48,9 +48,9 @@ class MetricsWriter:
         metrics = {key: float(value) for key, value in report.metrics.items()}  # NumPy's too
         self._check_there()
         with self._on_disk():
-            _append_line(self._metrics, {**place, **metrics})
+            append_row(self._metrics, {**place, **metrics})
             for sample in report.samples:
-                _append_line(self._samples, {**place, **sample})
+                append_row(self._samples, {**place, **sample})
             events = self._events_of(phase, report.step)
             for key, value in metrics.items():
                 if math.isfinite(value):  # TensorBoard logs a warning for each one that is not

@@ -53,7 +53,7 @@ MOMENTS = {
     "marker": "proma_megatron.checkpoints.saving:write_marker",
     "links": "proma_megatron.checkpoints.saving:point",  # complete, and retention has removed
     "removal": "proma_megatron.checkpoints.saving:remove",
-    "report": "proma_megatron.files:_append_line",
+    "report": "proma_megatron.observability.metrics:append_row",
 }
 MAIN = ("index", "marker", "links", "removal", "report")
 
