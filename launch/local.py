@@ -1,4 +1,4 @@
-"""Run a training on this machine as a job would: the same as `proma launch local`, with the same arguments."""
+"""Train on this machine: the same as `proma launch local`, with the same arguments."""
 
 import sys
 

@@ -30,7 +30,7 @@ def _find(path: Path, folder: str) -> Path:
     if path.is_file() or path.parent not in (Path(), Path(folder)):
         return path
     name = path.name if path.suffix == ".yaml" else f"{path.name}.yaml"  # qwen3_0.6b: no suffix
-    for place in (PACKAGE.parent / folder, PACKAGE / "shipped" / Path(folder).name):
+    for place in (PACKAGE / "shipped" / Path(folder).name, PACKAGE.parent / folder):
         if (place / name).is_file():
             return place / name
     return path

@@ -50,6 +50,13 @@ def test_a_name_is_the_configuration_of_the_wheel(name: str, wheel: Path) -> Non
     assert read_tree(Path(name)) == {"name": "of_the_wheel"}
 
 
+def test_an_installed_project_named_configs_hides_nothing(wheel: Path) -> None:
+    other = wheel.parents[1] / "configs"
+    other.mkdir()
+    (other / "quickstart.yaml").write_text("name: of_another_project\n")
+    assert read_tree(Path("quickstart")) == {"name": "of_the_wheel"}
+
+
 @pytest.mark.parametrize("name", ["modules", "modules.yaml", "launch/clusters/modules.yaml"])
 def test_a_name_is_the_cluster_file(name: str, request: pytest.FixtureRequest) -> None:
     assert find_cluster(Path(name)) == CLUSTERS / "modules.yaml"
