@@ -10,11 +10,11 @@ environment   its variables, in one place
 scripts       its shell: on the first node, and on each of them
 executors     NeMo-Run's executors
 experiments   NeMo-Run's experiments: shown, submitted
-here          run on this machine
-records       what was submitted before
+local         run on this machine
+submitted     what was submitted before
 connection    ask a cluster, over SSH or here
 states        how jobs are doing
-following     what they print, in every attempt
+logs          what they print, in every attempt
 cli           `proma launch`
 
 For people who use NeMo-Run themselves: `load_cluster`, `nodes_for` and `slurm_executor` give a
@@ -56,7 +56,7 @@ _WHERE = {
     "cluster": ("Cluster", "load_cluster"),
     "executors": ("local_executor", "slurm_executor"),
     "experiments": ("build", "dry_run", "submit"),
-    "here": ("run_here",),
+    "local": ("run_here",),
     "nodes": ("Nodes", "nodes_for"),
     "shipping": ("for_cluster",),
     "stages": ("Stage", "stages_of", "sweep"),

@@ -27,7 +27,7 @@ FAULT = """
 import importlib, sys, torch.distributed as dist
 original = dist.all_reduce
 def faulty(*args, **kwargs):
-    if sys._getframe(1).f_globals.get("__name__") != "proma_megatron.projection.updaters.updater":
+    if sys._getframe(1).f_globals.get("__name__") != "proma_megatron.projection.updaters.sums":
         return original(*args, **kwargs)
 def main(arguments):
     dist.all_reduce = faulty

@@ -26,7 +26,7 @@ from proma_megatron.model.policy import Policy
 from proma_megatron.projection import accumulator as accumulator_module
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.capture import Capture
-from proma_megatron.projection.updaters import updater
+from proma_megatron.projection.updaters import sums
 from proma_megatron.types import Microbatch, TrainingSequence
 from proma_megatron.weights.filling import fill
 from proma_megatron.weights.gathering import gather
@@ -260,7 +260,7 @@ def collectives(
     original = dist.all_reduce
 
     def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals["__name__"] == updater.__name__:
+        if sys._getframe(1).f_globals["__name__"] == sums.__name__:
             sizes.append(tensor.numel())
         return original(tensor, *args, **kwargs)
 

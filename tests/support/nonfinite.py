@@ -15,7 +15,7 @@ import torch
 from proma_megatron.batching.batch_file import read_batch
 from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
 from proma_megatron.distributed.topology import Topology, layout
-from proma_megatron.learner import nonfinite
+from proma_megatron.learner import minibatch
 from proma_megatron.learner.gradients import projected_gradients
 from proma_megatron.learner.learner import Learner
 from proma_megatron.learner.nonfinite import Offence, dump
@@ -111,7 +111,7 @@ def _build(
 def _counted() -> Iterator[dict[str, int]]:
     """Calls of what an update costs."""
     counts = {"forward_backward": 0, "gradient_fits": 0}
-    before = {name: getattr(nonfinite, name) for name in counts}
+    before = {name: getattr(minibatch, name) for name in counts}
 
     def counting(name: str) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -121,12 +121,12 @@ def _counted() -> Iterator[dict[str, int]]:
         return call
 
     for name in counts:
-        setattr(nonfinite, name, counting(name))
+        setattr(minibatch, name, counting(name))
     try:
         yield counts
     finally:
         for name, function in before.items():
-            setattr(nonfinite, name, function)
+            setattr(minibatch, name, function)
 
 
 def _state(optimizer: Optimizer) -> list[Any]:
