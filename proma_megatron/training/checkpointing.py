@@ -34,7 +34,7 @@ from proma_megatron.runs.checkpoint_folder import (
     write_marker,
 )
 from proma_megatron.runs.directory import RunDir
-from proma_megatron.training.progress import Position
+from proma_megatron.training.position import Position
 
 
 class Keeper:

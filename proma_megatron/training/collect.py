@@ -4,38 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from proma_megatron.config.run import RunConfig
 from proma_megatron.data.loading import Data
 from proma_megatron.errors import RewardError
 from proma_megatron.files import write_rows, written
 from proma_megatron.model.policy import Policy
-from proma_megatron.observability.timing import Stopwatch
-from proma_megatron.processes.stopping import Stops
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.rollout.engine import Interrupted, SamplingOptions
 from proma_megatron.rollout.groups import describe, group, sample_rollouts, score_rollouts, share
 from proma_megatron.rollout.selection import choose, informative
-from proma_megatron.runs.directory import RunDir
+from proma_megatron.training.context import StepContext
 from proma_megatron.types import Prompt, Rollout, RolloutGroup
 
 
 class Collector:
     """Rollouts of the run's current policy, for training. Every rank has one."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        policy: Policy,
-        data: Data,
-        scorer: Scorer,
-        run_dir: RunDir,
-        stopwatch: Stopwatch,
-        stops: Stops,
-    ) -> None:
-        self.config, self.policy, self.topology = config, policy, policy.topology
-        self.data, self.scorer, self.run_dir = data, scorer, run_dir
-        self.stopwatch, self.stops = stopwatch, stops
-        rollout = config.rollout
+    def __init__(self, context: StepContext, policy: Policy, data: Data, scorer: Scorer) -> None:
+        self.context, self.config, self.run_dir = context, context.config, context.run_dir
+        self.policy, self.topology = policy, policy.topology
+        self.data, self.scorer = data, scorer
+        rollout = self.config.rollout
         self.sampling = SamplingOptions(
             temperature=rollout.temperature,
             top_k=rollout.top_k,
@@ -62,10 +50,10 @@ class Collector:
         wanted, sampled, found = self.config.rollout.prompts_per_step, [], 0
         for taken in range(1 + self.config.rollout.resampling_rounds):
             prompts = self.data.train.take(wanted)
-            with self.stopwatch.phase("rollout"):
+            with self.context.phase("rollout"):
                 rollouts = self._generate(prompts, step, first=taken * wanted)
             look_up()
-            with self.stopwatch.phase("score"):
+            with self.context.phase("score"):
                 sampled += self._score(rollouts, step)
             found = len(informative(sampled))
             if found >= wanted:
@@ -88,7 +76,7 @@ class Collector:
                 seed=self.config.seed,
                 step=step,
                 first=first,
-                interrupt=self.stops.agreed_within_replica,
+                interrupt=self.context.interrupted,
             )
         except Interrupted:
             return []  # all replicas agree on it next

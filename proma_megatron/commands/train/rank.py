@@ -1,4 +1,4 @@
-"""One rank of a run: check, join the process group, build the trainer, run, leave.
+"""One rank of a run: check, join the process group, build the run, run, leave.
 
 Started by `launcher` through `startup`, or entered directly under torchrun and srun. A failure is
 written to ``logs/error_rank<r>.json`` and ends the process at once. A run that stops early is left
@@ -33,7 +33,7 @@ from proma_megatron.processes.stopping import (
 from proma_megatron.processes.watchdog import Phases, Watchdog
 from proma_megatron.rewards.registry import check_reward
 from proma_megatron.runs.directory import RunDir, with_own_tokenizer
-from proma_megatron.training.run import Trainer
+from proma_megatron.training.build import build_run
 
 
 def run_worker(config: RunConfig, resume: bool, signals: StopSignals) -> None:
@@ -97,19 +97,19 @@ def _run_in_group(
             with written(run_dir.environment):
                 run_dir.write_environment(_device_name(device))
             reporter = Live(config.name, run_dir, config.trainer.steps)
-        trainer = None
+        run = None
         try:
             with phases.phase("setup"):
-                trainer = Trainer(config, data, topology, run_dir, reporter, phases, stops)
-            trainer.run(resume)
+                run = build_run(config, data, topology, run_dir, reporter, phases, stops)
+            run.run(resume)
         except RunStopped:
             raise
         except BaseException as error:
             record_error(run_dir.logs, error)
             raise
         finally:
-            if trainer is not None:
-                trainer.close()
+            if run is not None:
+                run.close()
             reporter.close()
 
 
