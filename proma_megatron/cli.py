@@ -290,8 +290,8 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
+        from proma_megatron.config.constants import EXIT_STOPPED
         from proma_megatron.errors import RunStopped, WorkerError
-        from proma_megatron.processes.stopping import EXIT_STOPPED
 
         if isinstance(error, RunStopped):
             if os.environ.get("RANK", "0") == "0":

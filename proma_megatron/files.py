@@ -1,4 +1,4 @@
-"""Files that must survive: written completely, synced to the disk, and found whole again."""
+"""Files written whole or not at all, and what a disk refuses, in words."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+from uuid import uuid4
 
 from proma_megatron.errors import ConfigError, StorageError
 
@@ -113,13 +114,28 @@ def check_output(path: Path, inputs: Iterable[Path]) -> None:
 
 
 @contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` at the end; nothing is left after an error."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a name to write to, which becomes ``path`` at the end; an error leaves nothing.
+
+    Other processes, also on other nodes, may write the same file meanwhile: the last one stays.
+    """
     path = path.resolve()  # a link stays a link
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         yield part
         part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all, and that nobody replaces afterwards."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        part.write_text(text)
+        with suppress(FileExistsError):
+            os.link(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from benchmarks.cost.settings import Setting
 from proma_megatron.config.sections import Section
 from proma_megatron.errors import ConfigError
-from proma_megatron.files import complete_or_absent
+from proma_megatron.files import atomic_write
 
 Row = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        with complete_or_absent(self.path) as part:
+        with atomic_write(self.path) as part:
             part.write_text(json.dumps({**self.notes, "rows": self.rows}, indent=1) + "\n")
 
 

@@ -10,11 +10,11 @@ import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from uuid import uuid4
 
 import sentencepiece
 
 from proma_megatron.errors import ConfigError
+from proma_megatron.files import atomic_write
 from proma_megatron.types import Message
 
 # Byte fallback costs 256 pieces. A smaller vocabulary has none left for whole words, so it covers
@@ -204,16 +204,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> Senten
         raise ConfigError(
             f"tokenizer.vocab_size is {vocab_size}, too small for this text ({reason}); raise it"
         ) from error
-    _write_atomically(path, model.getvalue())
-    return SentencePieceTokenizer(path)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not named by process id: processes on different nodes may share the folder.
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as part:
+        part.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)

@@ -10,7 +10,7 @@ from proma_megatron.figures.panels import Panel
 from proma_megatron.figures.picture import draw_picture
 from proma_megatron.figures.runs import Group
 from proma_megatron.figures.table import write_table
-from proma_megatron.files import complete_or_absent
+from proma_megatron.files import atomic_write
 
 
 def write_figure(
@@ -32,10 +32,10 @@ def write_figure(
     """
     table, page = png.with_suffix(".csv"), png.with_suffix(".html")
     png.parent.mkdir(parents=True, exist_ok=True)
-    with complete_or_absent(png) as part:
+    with atomic_write(png) as part:
         draw_picture(part, groups, panels, columns=columns, smooth=smooth)
-    with complete_or_absent(table) as part:
+    with atomic_write(table) as part:
         write_table(part, groups, panels)
-    with complete_or_absent(page) as part:
+    with atomic_write(page) as part:
         write_page(part, title, groups, panels, columns=columns, command=command)
     return png, table, page

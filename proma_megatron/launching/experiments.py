@@ -20,6 +20,7 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import RUNDIR_NAME, get_nemorun_home
 
+from proma_megatron.config.constants import STOPPED_FILE
 from proma_megatron.errors import ConfigError, LaunchError, UnreachableError
 from proma_megatron.launching.cluster import Cluster
 from proma_megatron.launching.connection import Connection, connect
@@ -281,7 +282,7 @@ def _local_job(stage: Stage, nodes: Nodes, config: Path | None) -> tuple[str, An
 
 def _stopped(stage: Stage) -> PurePosixPath | None:
     """What a training leaves that was stopped, and can go on."""
-    return stage.run_dir / "logs" / "stopped.json" if stage.trains else None
+    return stage.run_dir / "logs" / STOPPED_FILE if stage.trains else None
 
 
 def _new_id(title: str) -> str:

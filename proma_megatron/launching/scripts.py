@@ -16,9 +16,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
+from proma_megatron.config.constants import EXIT_STOPPED, STOP_CODE
 from proma_megatron.launching.nodes import Nodes
 
-STOPPED = 75  # of `proma train`: stopped early, everything is saved
 SIGNAL = "USR1"  # asks ranks to save and stop
 SETUP_FAILED = "proma: setup failed at"  # begins what a batch script says
 SUCCEEDED, FAILED = "succeeded", "failed"  # files of a local stage
@@ -46,20 +46,20 @@ def setup_lines(
         "# It would give ranks terminals to draw on; Python's own buffers are off already.",
         "unset SLURM_UNBUFFEREDIO",
         "",
-        f"# A run that stopped with everything saved ({STOPPED}), or met the time limit, goes",
+        f"# A run that stopped with everything saved ({EXIT_STOPPED}), or met the time limit, goes",
         "# on in the next attempt; a job that was cancelled stays so.",
         "proma_ends() {",
         "  code=$? limit=0 attempt=${SLURM_RESTART_COUNT:-0}",
         '  case $(scontrol -o show job "$SLURM_JOB_ID"):$code in',
         '    *" JobState=RUNNING "*:0) ;;',
-        f'    *" JobState=RUNNING "*:{STOPPED}) limit={max_requeues} ;;',
+        f'    *" JobState=RUNNING "*:{EXIT_STOPPED}) limit={max_requeues} ;;',
         f'    *" JobState=RUNNING "*) limit={requeue_failures} ;;',
         f'    *" Reason=TimeLimit "*) limit={max_requeues} ;;',
         "  esac",
         '  if [ "$attempt" -lt "$limit" ]; then',
         '    scontrol requeue "$SLURM_JOB_ID" &&',
         '      echo "proma: attempt $attempt ended with code $code and is queued again"',
-        f"  elif [ $code -eq {STOPPED} ]; then",
+        f"  elif [ $code -eq {EXIT_STOPPED} ]; then",
         '    echo "proma: stopped in attempt $attempt; max_requeues allows no more, submit again"',
         "  fi",
         "  exit $code",
@@ -165,8 +165,8 @@ def _ranks(
         "# them, to tell; torchrun ignores signals, and gets 0 from ranks that stopped, since it",
         "# would report anything else as a failure.",
         f"trap : TERM {SIGNAL}",
-        f"(trap '' TERM {SIGNAL}; export PROMA_STOP_CODE=0; exec {' '.join(torchrun)})",
+        f"(trap '' TERM {SIGNAL}; export {STOP_CODE}=0; exec {' '.join(torchrun)})",
         "code=$?",
         # Only the first node, which removed it: others may be shown an old one by their cache.
-        f'if [ "${{SLURM_NODEID:-0}}" -eq 0 ] && [ -e "$stopped" ]; then code={STOPPED}; fi',
+        f'if [ "${{SLURM_NODEID:-0}}" -eq 0 ] && [ -e "$stopped" ]; then code={EXIT_STOPPED}; fi',
     ]

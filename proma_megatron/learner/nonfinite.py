@@ -15,7 +15,7 @@ from pathlib import Path
 
 from proma_megatron.batching.batch_file import write_batch
 from proma_megatron.batching.packing import loss_tokens
-from proma_megatron.files import complete_or_absent
+from proma_megatron.files import atomic_write
 from proma_megatron.learner.minibatch import Pass, What
 from proma_megatron.learner.schedule import Sums
 from proma_megatron.types import TrainingSequence
@@ -155,7 +155,7 @@ def dump(offence: Offence, path: Path) -> None:
     tokens = loss_tokens([sequence for microbatch in chain for sequence in microbatch])
     scale = max(1, tokens) / offence.denominator
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete_or_absent(path) as part:
+    with atomic_write(path) as part:
         write_batch(part, [[_scaled(s, scale) for s in m] for m in chain], logprobs=True)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from proma_megatron.config.constants import LOGPROB_CHUNK as CHUNK
 from proma_megatron.distributed.topology import Topology
-
-CHUNK = 4096  # tokens whose float32 logits exist at one time
 
 
 class _LogProbs(torch.autograd.Function):

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from proma_megatron.files import complete_or_absent, written
+from proma_megatron.files import atomic_write, written
 
 TRACED = 2  # which RL step of a process is traced: the first one pays for what is done once
 OPERATORS = 15  # in the table
@@ -200,7 +200,7 @@ class Profile:
         with (
             written(path),
             tempfile.TemporaryDirectory(dir=self._logs) as folder,
-            complete_or_absent(path) as part,
+            atomic_write(path) as part,
         ):
             plain = Path(folder) / "trace.json"
             found.export_chrome_trace(str(plain))
@@ -232,7 +232,7 @@ class Profile:
             parts += ["", "sequence gradients of weights, in the last microbatch", *found]
         text = "\n".join(parts)
         path = self._logs / "profile.txt"
-        with written(path), complete_or_absent(path) as part:
+        with written(path), atomic_write(path) as part:
             part.write_text(text + "\n", encoding="utf-8")
         return f"{text}\n\nthe profile is in {self._logs}"
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from proma_megatron.config.constants import KEPT_ROWS
 from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.counts import Counts
 from proma_megatron.planning.shapes import Stage
 from proma_megatron.planning.sizes import Sizes
 from proma_megatron.planning.training import Moment
-
-KEPT_ROWS = 0.75  # of a batch: KEEP_FRACTION of rollout/generator.py
 
 
 def cache_bytes(stage: Stage, sizes: Sizes, sequences: int, length: int) -> int:

@@ -10,9 +10,10 @@ one scale.
 
 from __future__ import annotations
 
+from proma_megatron.config.constants import DTYPE_BYTES
 from proma_megatron.config.fp8 import RECIPES
 from proma_megatron.config.run import RunConfig
-from proma_megatron.planning.shapes import BYTES, Stage
+from proma_megatron.planning.shapes import Stage
 
 
 def in_fp8(config: RunConfig, layer: int | None) -> bool:
@@ -43,7 +44,7 @@ def input_bytes(config: RunConfig, *, of_projection: bool = False) -> float:
         of_projection: the input is attention's output, which attention keeps anyway. Megatron has
             it quantized once more in backward, but for delayed scaling.
     """
-    compute = BYTES[config.model.dtype]
+    compute = DTYPE_BYTES[config.model.dtype]
     if config.model.fp8 == "none" or (of_projection and config.model.fp8 != "delayed"):
         return compute
     quantized = RECIPES[config.model.fp8].input_bytes

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from proma_megatron.config.constants import DTYPE_BYTES
 from proma_megatron.config.run import RunConfig
 from proma_megatron.weights.mapping import tensor_shapes
 from proma_megatron.weights.qwen import LAYER, MODEL, TIED_HEAD
 from proma_megatron.weights.shards import Row, Share
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _PROJ = "self_attention.linear_proj.weight"
 
@@ -27,7 +27,7 @@ class Precision:
 
     @classmethod
     def of(cls, dtype: str) -> Precision:
-        size = BYTES[dtype]
+        size = DTYPE_BYTES[dtype]
         wide = max(size, 4)
         return cls(size, wide, wide, wide, 4 if dtype == "bfloat16" else 0)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from proma_megatron.config.constants import LOGPROB_CHUNK
 from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.activations import final_norm_kept, kept_by_layer, norm_backward
 from proma_megatron.planning.counts import Counts
@@ -24,8 +25,6 @@ from proma_megatron.planning.workspace import (
     passing_slices,
     slices_of,
 )
-
-LOSS_CHUNK = 4096  # tokens whose wide logits exist at one time: CHUNK of policy/logprobs.py
 
 
 @dataclass(frozen=True)
@@ -219,10 +218,10 @@ class _Pass:
 
     def _loss_moments(self, held: int) -> Iterator[Moment]:
         sizes, e, wide = self.sizes, self.sizes.precision.compute, self.sizes.precision.wide
-        single, parallel = sizes.tokens <= LOSS_CHUNK, self.config.parallel
+        single, parallel = sizes.tokens <= LOGPROB_CHUNK, self.config.parallel
         kept = self.earlier + self._kept_by_chunk() + final_norm_kept(sizes)
         earlier, waiting = self._held_earlier(), sum(self._was)
-        chunk = min(sizes.tokens, LOSS_CHUNK) * sizes.vocab * wide
+        chunk = min(sizes.tokens, LOGPROB_CHUNK) * sizes.vocab * wide
         yield Moment("loss, forward", kept, earlier + sizes.logits + 4 * chunk, waiting)
         chunks = 2 if single else (4 if wide > e else 3)
         logits = earlier + 2 * sizes.logits + chunks * chunk

@@ -6,20 +6,19 @@ stacks of ranks that hung, crashed or were ended with it are in ``stacks/``, see
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from proma_megatron.config.constants import STOPPED_FILE
 from proma_megatron.errors import (
     ConfigError,
     HangError,
@@ -27,12 +26,12 @@ from proma_megatron.errors import (
     RunError,
     WorkerError,
 )
+from proma_megatron.files import write_once
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 LAUNCHED = "PROMA_LAUNCHER"  # in the environment of ranks that our own launcher started: its pid
-STOPPED = "stopped.json"  # a run that stopped early, see `stopping`
 
 
 # --------------------------------------------------------------------------- on a rank
@@ -92,7 +91,7 @@ def record_error(logs: Path, error: BaseException) -> bool:
     }
     for folder in _places(logs, os.environ.get(LAUNCHED)):
         try:
-            _write_once(folder / f"error_rank{record['rank']}.json", json.dumps(record))
+            write_once(folder / f"error_rank{record['rank']}.json", json.dumps(record))
         except OSError:
             continue  # full or gone, which may be what the error is about
         return True
@@ -106,25 +105,13 @@ def _places(logs: Path, launcher: str | None) -> list[Path]:
     return [logs, Path(tempfile.gettempdir()) / f"proma-errors-{launcher}"]
 
 
-def _write_once(path: Path, text: str) -> None:
-    """A file that appears complete or not at all, and is never replaced."""
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(f".{threading.get_ident()}.part")
-    try:
-        part.write_text(text)
-        with contextlib.suppress(FileExistsError):
-            os.link(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # --------------------------------------------------------------------------- in the launcher
 
 
 def forget_earlier(logs: Path) -> None:
     """Remove what ranks of an earlier attempt left: errors, stacks, and why they stopped."""
     stale = (*_recorded(logs), *logs.glob("error_rank*"), *stacks_folder(logs).glob("*"))
-    for path in (*stale, logs / STOPPED):
+    for path in (*stale, logs / STOPPED_FILE):
         path.unlink(missing_ok=True)
 
 

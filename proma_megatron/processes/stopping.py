@@ -21,18 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
+from proma_megatron.config.constants import STOPPED_FILE
 from proma_megatron.errors import RunStopped
 from proma_megatron.files import write_synced
-from proma_megatron.processes.failures import LAUNCHED, STOPPED
+from proma_megatron.processes.failures import LAUNCHED
 
 if TYPE_CHECKING:
     from proma_megatron.distributed.topology import Topology
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early; everything is saved; start again with --resume
-
-# In the environment of ranks: their exit code at a stop, for a launcher that takes 75 for a failure
-# and reports it at length. Such a launcher looks for `STOPPED`.
-STOP_CODE = "PROMA_STOP_CODE"
 _STARTED = "PROMA_STARTED"  # in the environment of ranks: the launcher's clock when it started
 _LOADED = time.monotonic()  # near enough the start of a process
 _ASKING = {signal.SIGTERM, signal.SIGUSR1}
@@ -229,12 +225,12 @@ def write_stop(stop: RunStopped, logs: Path) -> None:
     """Leave ``stopped.json`` for the launcher, and for whoever starts the run again."""
     saved = None if stop.checkpoint is None else str(stop.checkpoint)
     record = {"reason": stop.reason, "step": stop.step, "checkpoint": saved}
-    write_synced(logs / STOPPED, json.dumps(record) + "\n")
+    write_synced(logs / STOPPED_FILE, json.dumps(record) + "\n")
 
 
 def read_stop(logs: Path) -> RunStopped | None:
     """Return what a run that was stopped left behind, if it was."""
-    path = logs / STOPPED
+    path = logs / STOPPED_FILE
     if not path.is_file():
         return None
     record = json.loads(path.read_text())

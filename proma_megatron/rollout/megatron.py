@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.utils import InferenceMode
 
+from proma_megatron.config.constants import KEPT_ROWS
 from proma_megatron.model.attention import KeyValueCache
 from proma_megatron.model.policy import Policy
 from proma_megatron.rollout.engine import Completion, Interrupt, Interrupted, SamplingOptions
 from proma_megatron.rollout.sampling import sample, sample_shard
 
 LOOK_TOKENS = 32  # decoded between two looks at whether to give up
-
-KEEP_FRACTION = 0.75  # of a batch still decoding: below this, finished rows leave the cache
 
 
 @torch.no_grad()
@@ -102,7 +101,7 @@ def _decode(
         if not len(alive):
             break
         # Finished rows decode on, and are cut below, until dropping them is worth a copy.
-        if len(alive) <= KEEP_FRACTION * len(active):
+        if len(alive) <= KEPT_ROWS * len(active):
             cache.keep(alive)
             active, drawn, done = active[alive], drawn[alive], done[alive]
         inputs = drawn[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from proma_megatron.data.loading import Data
 from proma_megatron.evaluation.evaluate import evaluate
-from proma_megatron.files import complete_or_absent, write_rows, written
+from proma_megatron.files import atomic_write, write_rows, written
 from proma_megatron.model.policy import Policy
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.training.context import StepContext
@@ -39,6 +39,6 @@ class Validation:
         )
         if self.context.topology.is_main:
             path = self.context.run_dir.evaluation(step)
-            with written(path), complete_or_absent(path) as part:
+            with written(path), atomic_write(path) as part:
                 write_rows(part, found.rows())
         return {f"validation/{name}": value for name, value in found.metrics().items()}

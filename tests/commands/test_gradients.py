@@ -25,7 +25,7 @@ from proma_megatron.cli import main
 from proma_megatron.commands.gradients.command import grads as grads_here
 from proma_megatron.config.loading import gradients_config
 from proma_megatron.config.sections import ProjectionConfig
-from proma_megatron.files import complete_or_absent
+from proma_megatron.files import atomic_write
 
 SEED = 11
 BATCH: Batch = random_batch(8, [2, 3, 1, 3, 2])
@@ -253,7 +253,7 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
     target.write_text("earlier")
 
     def write_half() -> None:
-        with complete_or_absent(target) as part:
+        with atomic_write(target) as part:
             part.write_text("half of it")
             raise OSError("disk full")
 

@@ -16,7 +16,8 @@ from support.ledger import record
 from support.losses import differences
 from support.rewards import MOOD
 
-from proma_megatron.processes.stopping import EXIT_STOPPED, read_stop
+from proma_megatron.config.constants import EXIT_STOPPED
+from proma_megatron.processes.stopping import read_stop
 
 USR1 = partial(send, signal.SIGUSR1)
 Undisturbed = Callable[..., Drill]

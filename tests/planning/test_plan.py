@@ -12,11 +12,10 @@ from rich.console import Console
 from proma_megatron.batching.packing import plan_microbatches
 from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.counts import count
-from proma_megatron.planning.decoding import KEPT_ROWS
 from proma_megatron.planning.knobs import with_override
 from proma_megatron.planning.plan import Plan, make_plan
 from proma_megatron.planning.printing import print_plan, size
-from proma_megatron.planning.training import LOSS_CHUNK, in_flight
+from proma_megatron.planning.training import in_flight
 
 VOCAB = 151936
 GIB = 2**30
@@ -165,15 +164,6 @@ def test_one_microbatch_projects_nothing() -> None:
         tree = {**few, "algorithm": algorithm, "projection": {"rule": rule}}
         config = RunConfig.model_validate(tree)
         assert make_plan(config, VOCAB, gpu_memory=GIB).projection_removes is True
-
-
-def test_constants_are_those_of_the_code() -> None:
-    """Their modules import Megatron, which planning must not."""
-    from proma_megatron.model.logprobs import CHUNK
-    from proma_megatron.rollout.megatron import KEEP_FRACTION
-
-    assert LOSS_CHUNK == CHUNK
-    assert KEPT_ROWS == KEEP_FRACTION
 
 
 # --------------------------------------------------------------------------- what is shown

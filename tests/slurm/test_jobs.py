@@ -23,8 +23,9 @@ from support.slurm_jobs import (
 )
 from support.sshd import SshServer, missing_ssh, private_home_command
 
+from proma_megatron.config.constants import EXIT_STOPPED
 from proma_megatron.observability.metrics import read_metrics
-from proma_megatron.processes.stopping import EXIT_STOPPED, read_stop
+from proma_megatron.processes.stopping import read_stop
 from proma_megatron.runs.directory import RunDir
 
 pytestmark = pytest.mark.slurm

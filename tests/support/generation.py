@@ -37,7 +37,7 @@ class Case:
     rows: tuple[int, ...]
     eos: int = NO_EOS
     also: tuple[int, ...] = ()  # other tokens that end a completion
-    keep_fraction: float = generator.KEEP_FRACTION
+    keep_fraction: float = generator.KEPT_ROWS
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _watched(keep_fraction: float) -> Iterator[list[tuple[int, int]]]:
 
     with (
         mock.patch.object(generator, "_next_logits", watch),
-        mock.patch.object(generator, "KEEP_FRACTION", keep_fraction),
+        mock.patch.object(generator, "KEPT_ROWS", keep_fraction),
     ):
         yield shapes
 

@@ -17,7 +17,7 @@ from proma_megatron.figures.panels import PAPER, Panel
 from proma_megatron.figures.runs import Group, Run, read_run
 from proma_megatron.figures.series import at_end, step_seconds
 from proma_megatron.figures.words import seconds, spread
-from proma_megatron.files import complete_or_absent
+from proma_megatron.files import atomic_write
 from proma_megatron.runs.environment import describe_environment
 
 
@@ -32,7 +32,7 @@ def write_recipe(comparison: Comparison, command: str) -> None:
         "runs": [planned.config.name for planned in comparison.runs],
         **describe_environment(device),
     }
-    with complete_or_absent(comparison.folder / "compare.json") as part:
+    with atomic_write(comparison.folder / "compare.json") as part:
         part.write_text(json.dumps(recipe, indent=2) + "\n")
 
 

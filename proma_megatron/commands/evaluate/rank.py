@@ -19,7 +19,7 @@ from proma_megatron.data.datasets import load_problems
 from proma_megatron.data.loading import load_tokenizer, make_prompts
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.evaluation.evaluate import Evaluation, evaluate
-from proma_megatron.files import complete_or_absent, write_rows
+from proma_megatron.files import atomic_write, write_rows
 from proma_megatron.processes.ranks import in_layout, serve
 from proma_megatron.rewards.pool import Scorer
 
@@ -59,7 +59,7 @@ def _run(job: EvaluationJob, topology: Topology) -> str | None:
         )
     if not topology.is_main:
         return None
-    with complete_or_absent(job.out) as part:
+    with atomic_write(job.out) as part:
         write_rows(part, found.rows())
     say(f"wrote {job.out}")
     say(found.describe())

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from proma_megatron.batching.batch_file import read_batch
 from proma_megatron.commands.gradients.job import GradientJob
 from proma_megatron.distributed.topology import Topology
-from proma_megatron.files import complete_or_absent
+from proma_megatron.files import atomic_write
 from proma_megatron.learner.gradients import Batch, denominator, projected_gradients
 from proma_megatron.model.build import build_policy
 from proma_megatron.model.policy import DTYPES, Policy
@@ -82,7 +82,7 @@ def _policy(job: GradientJob, batch: Batch, topology: Topology) -> Policy:
 
 def _write(job: GradientJob, gradients: Mapping[str, torch.Tensor]) -> None:
     config = job.config.model_dump(mode="json")
-    with complete_or_absent(job.out) as part:
+    with atomic_write(job.out) as part:
         metadata = {"format": "pt", "proma": json.dumps(config)}
         save_file(dict(gradients), part, metadata=metadata)
 

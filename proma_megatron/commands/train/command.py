@@ -11,6 +11,7 @@ import yaml
 
 from proma_megatron.checkpoints.compatibility import check_model, check_optimizer
 from proma_megatron.checkpoints.integrity import check_sizes
+from proma_megatron.config.constants import EXIT_STOPPED, STOP_CODE
 from proma_megatron.config.loading import differences, dump_config, read_tree
 from proma_megatron.config.run import RunConfig, check_data_files, check_model_files
 from proma_megatron.data.loading import check_demonstrations, prepare_data
@@ -22,7 +23,7 @@ from proma_megatron.processes.entry import defer_compilation
 from proma_megatron.processes.failures import end, forget_earlier
 from proma_megatron.processes.ranks import say
 from proma_megatron.processes.slurm import adopt_slurm
-from proma_megatron.processes.stopping import EXIT_STOPPED, STOP_CODE, StopSignals, clock_starts
+from proma_megatron.processes.stopping import StopSignals, clock_starts
 from proma_megatron.rewards.registry import check_references, check_reward
 from proma_megatron.runs.checkpoint_folder import is_warm_start, read_marker
 from proma_megatron.runs.companions import keep_companions

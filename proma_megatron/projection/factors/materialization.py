@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from proma_megatron.files import complete_or_absent
+from proma_megatron.files import atomic_write
 from proma_megatron.projection.factors.gemm import Gemm
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Rates:
 
     def write(self, path: Path) -> None:
         """Keep them: a run that goes on with others might choose otherwise, and round otherwise."""
-        with complete_or_absent(path) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def break_even(self, itemsize: int) -> float:
