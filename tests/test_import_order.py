@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -111,3 +113,26 @@ def test_nothing_imports_the_name_launch() -> None:
 def test_benchmarks_import_nothing_of_the_tests() -> None:
     for path in (ROOT / "benchmarks").rglob("*.py"):
         assert not re.search(r"^\s*(import|from) (support|tests)\b", path.read_text(), re.M), path
+
+
+# What refuses a configuration, scores, plans or launches starts without these, which take seconds.
+HEAVY = ("torch", "megatron", "nemo_run", "transformers", "hydra", "fiddle")
+LIGHT = (
+    *("cli", "config.run", "config.loading", "rewards.pool", "runs.directory", "runs.policies"),
+    *("observability.metrics", "figures.files", "planning.plan"),
+    *("launching", "launching.cli", "launching.stages"),
+)
+
+
+def test_what_has_to_start_fast_loads_no_heavy_library() -> None:
+    program = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT}:\n"
+        f"    importlib.import_module('{PACKAGE}.' + name)\n"
+        f"    heavy = [each for each in {HEAVY} if each in sys.modules]\n"
+        "    assert not heavy, (name, heavy)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.shapes import Local
 from proma_megatron.planning.sizes import Sizes
-from proma_megatron.projection.factors.workspace import BLOCK_BYTES
-from proma_megatron.projection.sizes import is_direct, kept_slices, sketch_width
+from proma_megatron.projection.sizes import BLOCK_BYTES, is_direct, kept_slices, sketch_width
 from proma_megatron.weights.shards import Fusion
 
 

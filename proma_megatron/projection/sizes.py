@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+BLOCK_BYTES = 32 * 2**20  # of a block in passing: a last-level cache holds it
+
+# Intra-PROMA's dominant subspaces, see `rules.intra_proma`.
+DIRECT_TOKENS = 256  # up to so many, the Gram matrix of tokens is decomposed
+ITERATIONS = 8  # of the subspace iteration beyond
+OVERSAMPLING = 8  # least number of columns that it carries beside the rank
+
 
 def kept_slices(count: int, *, accumulates: bool) -> int:
-    """What G of ``count`` sequences takes, in weights.
+    """Return what G of ``count`` sequences takes, in weights.
 
     Args:
         accumulates: with room for an accumulated gradient, beside which several are contracted.
@@ -12,20 +19,11 @@ def kept_slices(count: int, *, accumulates: bool) -> int:
     return count + (accumulates and count > 1)
 
 
-DIRECT_TOKENS = 256
-
-
-ITERATIONS = 8
-
-
-OVERSAMPLING = 8
-
-
 def sketch_width(rank: int) -> int:
-    """l: columns that the iteration carries."""
+    """Return l, the columns that the iteration carries."""
     return rank + max(rank, OVERSAMPLING)
 
 
 def is_direct(tokens: int, rank: int) -> bool:
-    """Whether the (T, T) Gram matrix is used."""
+    """Return whether the (T, T) Gram matrix is used."""
     return tokens <= max(DIRECT_TOKENS, sketch_width(rank))

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from proma_megatron.config.sections import ModelConfig
 from proma_megatron.weights.qwen import LAYER, MODEL, TIED_HEAD
 from proma_megatron.weights.shards import Fusion, ParameterShard, Row, Run, Share
 
 if TYPE_CHECKING:  # the launcher reads shapes without loading Megatron
+    import torch
+
     from proma_megatron.distributed.topology import Topology
 
 

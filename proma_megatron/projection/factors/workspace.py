@@ -14,8 +14,9 @@ from math import prod
 
 import torch
 
+from proma_megatron.projection.sizes import BLOCK_BYTES
+
 _ALIGNMENT = 256  # bytes; of every piece that is handed out
-BLOCK_BYTES = 32 * 2**20  # of a block in passing: a last-level cache holds it
 
 
 class Workspace:
