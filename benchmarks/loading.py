@@ -22,7 +22,7 @@ from pathlib import Path
 from proma_megatron.config.loading import validate_config
 from proma_megatron.config.run import RunConfig
 from proma_megatron.config.sections import ParallelConfig, Section
-from proma_megatron.processes.ranks import in_layout, run_job, serve
+from proma_megatron.processes.ranks import on_layout, run_job, serve
 
 
 class LoadingJob(Section):
@@ -77,7 +77,7 @@ def measure(job: LoadingJob, logs: Path | None) -> str | None:
         dist.all_gather_object(everyone, found)
         return json.dumps(everyone) if topology.is_main else None
 
-    return in_layout(job.config, logs, on_rank)
+    return on_layout(job.config, logs, on_rank)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ def workers() -> Iterator[WorkerPool]:
 def in_pool(workers: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run in this process, and their ranks in the pool: starting others takes seconds."""
     starts = PooledStarts(workers)
-    monkeypatch.setattr("proma_megatron.commands.train.command.start_workers", starts.start_workers)
+    monkeypatch.setattr("proma_megatron.commands.train.command.start_ranks", starts.start_ranks)
     for module in ("export", "evaluate", "gradients"):
         monkeypatch.setattr(f"proma_megatron.commands.{module}.command.run_job", starts.run_job)
 

@@ -16,7 +16,7 @@ from benchmarks.cost.results import Results, line
 from benchmarks.cost.settings import Effort, Setting, Shape
 from proma_megatron.config.run import GradientsConfig
 from proma_megatron.config.sections import ParallelConfig, ProcessConfig, Section
-from proma_megatron.processes.ranks import in_layout, run_job, serve, working_folder
+from proma_megatron.processes.ranks import job_folder, on_layout, run_job, serve
 
 if TYPE_CHECKING:
     from proma_megatron.distributed.topology import Topology
@@ -59,7 +59,7 @@ def run_settings(settings: Sequence[Setting], effort: Effort, out: Path, device:
         )
         mine = tuple(setting for setting in settings if setting.tensor == tensor)
         job = CostJob(config=config, settings=mine, effort=effort, out=out.resolve())
-        with working_folder("cost") as folder:
+        with job_folder("cost") as folder:
             run_job("benchmarks.cost.ranks", job, config, folder, "cost")
 
 
@@ -113,7 +113,7 @@ def machine(topology: Topology) -> dict[str, Any]:
 
 
 def _run_rank(job: CostJob, logs: Path | None) -> str | None:
-    return in_layout(job.config, logs, partial(_run, job))
+    return on_layout(job.config, logs, partial(_run, job))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from proma_megatron.config.run import GradientsConfig
 from proma_megatron.config.sections import ModelConfig, Section
 from proma_megatron.distributed.libraries import transformer_engine_version
 from proma_megatron.errors import ConfigError
-from proma_megatron.processes.ranks import in_layout, run_job, serve, working_folder
+from proma_megatron.processes.ranks import job_folder, on_layout, run_job, serve
 
 if TYPE_CHECKING:
     from benchmarks.cost.ways import Step
@@ -56,7 +56,7 @@ def run_settings(
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     effort = Effort(ways=WAYS, seconds=0, least=rounds, most=rounds, limit=3600)
     job = GpuJob(config=config, settings=tuple(settings), effort=effort, out=out.resolve())
-    with working_folder("gpu") as folder:
+    with job_folder("gpu") as folder:
         run_job("benchmarks.gpu.rank", job, config, folder, "gpu")
 
 
@@ -284,7 +284,7 @@ def line(setting: Setting, row: Row) -> str:
 
 
 def _run_rank(job: GpuJob, logs: Path | None) -> str | None:
-    return in_layout(job.config, logs, partial(_run, job))
+    return on_layout(job.config, logs, partial(_run, job))
 
 
 def main(arguments: Sequence[str]) -> None:

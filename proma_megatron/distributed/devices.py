@@ -131,6 +131,6 @@ def describe(parallel: ParallelConfig) -> str:
     return " x ".join(parts) + (", sequence parallel" if parallel.sequence else "")
 
 
-def workers_on(count: int, device: str) -> str:
+def ranks_on(count: int, device: str) -> str:
     backend = "NCCL" if device == "cuda" else "Gloo"
     return f"{count} worker{'s' if count > 1 else ''} on {device} ({backend})"

@@ -20,7 +20,7 @@ from proma_megatron.processes.stopping import read_stop, write_stop
 _END_SECONDS = 3  # from a SIGTERM to a rank, once another one has failed, to SIGKILL
 
 
-def start_workers(
+def start_ranks(
     module: str,
     arguments: Sequence[str],
     *,

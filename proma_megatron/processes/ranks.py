@@ -21,10 +21,10 @@ from proma_megatron.distributed.devices import (
     check_world_size,
     choose_device,
     describe,
-    workers_on,
+    ranks_on,
 )
 from proma_megatron.errors import StoppedError, WorkerError
-from proma_megatron.processes.elastic import start_workers
+from proma_megatron.processes.elastic import start_ranks
 from proma_megatron.processes.entry import defer_compilation
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def run_job(module: str, job: Section, config: JobConfig, folder: Path, name: st
     device = choose_device(config.device, workers)
     if isinstance(config, GradientsConfig):  # others only sample and read, which no FP8 layer does
         check_backend(config.model, device)
-    say(f"{describe(config.parallel)}: {workers_on(workers, device)}")
+    say(f"{describe(config.parallel)}: {ranks_on(workers, device)}")
     path = folder / "job.json"
     path.write_text(job.model_dump_json())
-    start_workers(
+    start_ranks(
         module,
         [str(path), str(folder)],
         count=workers,
@@ -139,7 +139,7 @@ def serve[Job: Section](
         fail(logs, error)
 
 
-def in_layout[Result](
+def on_layout[Result](
     config: JobConfig, logs: Path | None, run: Callable[[Topology], Result]
 ) -> Result:
     """``run`` on this rank, in the configuration's layout; a failure ends the process.
@@ -171,7 +171,7 @@ SUMMARY = "summary.json"  # in the folder of a job: what was run, and what came 
 
 
 @contextmanager
-def working_folder(purpose: str) -> Iterator[Path]:
+def job_folder(purpose: str) -> Iterator[Path]:
     """A temporary folder; what ranks printed is kept in it if one of them failed."""
     folder = Path(tempfile.mkdtemp(prefix=f"proma-{purpose}-"))
     try:

@@ -89,7 +89,7 @@ def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
 
     longer = tiny(parallel__tensor=2, trainer__steps=3)
     monkeypatch.setattr(
-        "proma_megatron.commands.train.command.start_workers", PooledStarts(workers).start_workers
+        "proma_megatron.commands.train.command.start_ranks", PooledStarts(workers).start_ranks
     )
     monkeypatch.setattr(sys, "argv", ["proma", "train", str(config), "--resume", *longer])
     with pytest.raises(SystemExit) as resumed:

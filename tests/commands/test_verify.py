@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from support.cases import MODELS
 from support.command import forked_proma
-from support.forked import forked_start_workers
+from support.forked import forked_start_ranks
 from support.reference import huggingface_model
 
 from proma_megatron.commands.verify.command import verify as verify_here
@@ -37,7 +37,7 @@ def main(arguments):
 
 
 def start_with_fault(module: str, arguments: Sequence[str], **options: Any) -> None:
-    forked_start_workers("missing_sum", [module, *arguments], **options)
+    forked_start_ranks("missing_sum", [module, *arguments], **options)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from support.stopping import agreement, waiting_seconds
 from proma_megatron import cli
 from proma_megatron.config.sections import ParallelConfig, ProcessConfig
 from proma_megatron.errors import RunStopped
-from proma_megatron.processes.elastic import start_workers
+from proma_megatron.processes.elastic import start_ranks
 from proma_megatron.processes.failures import LAUNCHED
 from proma_megatron.processes.signals import Forwarder
 from proma_megatron.processes.stopping import (
@@ -327,7 +327,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def start(what: str) -> None:
         (tmp_path / "pid0").touch()
-        start_workers(
+        start_ranks(
             "a_rank",
             [what, str(tmp_path)],
             count=2,

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from proma_megatron.cli import main
-from support.forked import forked_start_workers
+from support.forked import forked_start_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def proma(
 
 
 def forked_proma(
-    *arguments: str, cwd: Path = ROOT, start: Callable[..., None] = forked_start_workers
+    *arguments: str, cwd: Path = ROOT, start: Callable[..., None] = forked_start_ranks
 ) -> subprocess.CompletedProcess[str]:
     """Run it to its end in this process, from a folder whose modules it finds; ranks are real.
 
@@ -52,8 +52,8 @@ def forked_proma(
     with (
         contextlib.chdir(cwd),
         mock.patch.object(sys, "path", [str(cwd), *sys.path]),
-        mock.patch("proma_megatron.commands.train.command.start_workers", start),
-        mock.patch("proma_megatron.processes.ranks.start_workers", start),
+        mock.patch("proma_megatron.commands.train.command.start_ranks", start),
+        mock.patch("proma_megatron.processes.ranks.start_ranks", start),
     ):
         return proma_here(*arguments)
 

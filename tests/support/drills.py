@@ -19,7 +19,7 @@ from unittest import mock
 from proma_megatron.processes.failures import LAUNCHED
 from proma_megatron.runs.directory import RunDir
 from support.command import forked_proma
-from support.forked import forked_start_workers, run_main
+from support.forked import forked_start_ranks, run_main
 
 LAYOUTS = {
     "TP2": ("parallel.tensor=2",),
@@ -191,7 +191,7 @@ class Drill:
         self.folder.mkdir(parents=True, exist_ok=True)
         config = self.folder / "config.yaml"
         config.write_text("name: run\n")
-        start = partial(forked_start_workers, main=partial(drilled_main, faults, self.options))
+        start = partial(forked_start_ranks, main=partial(drilled_main, faults, self.options))
         return forked_proma(
             "train", str(config), flag, *self.overrides, *overrides, cwd=self.folder, start=start
         )

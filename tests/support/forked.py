@@ -235,7 +235,7 @@ def end_all() -> None:
 # --------------------------------------------------------------------------- the launcher
 
 
-def forked_start_workers(
+def forked_start_ranks(
     module: str,
     arguments: Sequence[str],
     *,
@@ -246,7 +246,7 @@ def forked_start_workers(
     graceful: bool = False,
     main: Callable[..., object] | None = None,
 ) -> None:
-    """In place of `workers.start_workers`: the same ranks, forked; none is ever started again.
+    """In place of `workers.start_ranks`: the same ranks, forked; none is ever started again.
 
     When one fails the others are ended within a second. What rank 0 prints is printed at the end.
     A signal to this process is neither passed on nor turned into a `StoppedError`.

@@ -55,12 +55,12 @@ def rank_of_job(device: torch.device, module: str, job: Any, paths: Sequence[str
 
 
 class PooledStarts:
-    """In place of `launcher.start_workers` and `jobs.run_job`: ranks are those of the pool."""
+    """In place of `launcher.start_ranks` and `jobs.run_job`: ranks are those of the pool."""
 
     def __init__(self, workers: WorkerPool) -> None:
         self.workers = workers
 
-    def start_workers(self, module: str, arguments: Sequence[str], *, count: int, **_: Any) -> None:
+    def start_ranks(self, module: str, arguments: Sequence[str], *, count: int, **_: Any) -> None:
         assert module == "proma_megatron.commands.train.rank"
         path, *flags = arguments
         self.workers.run(
@@ -80,7 +80,7 @@ def run_in_pool(workers: WorkerPool, config: RunConfig, *, resume: bool = False)
     """The whole run, from its checks on; overwrites one that is there, or resumes it."""
     run_dir = _prepare(config, resume=resume, overwrite=not resume)
     arguments = [str(run_dir.config), *(["--resume"] if resume else [])]
-    PooledStarts(workers).start_workers(
+    PooledStarts(workers).start_ranks(
         "proma_megatron.commands.train.rank", arguments, count=config.parallel.world_size
     )
     return run_dir

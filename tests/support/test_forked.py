@@ -17,7 +17,7 @@ from proma_megatron.config.loading import load_config
 from proma_megatron.config.sections import ProcessConfig
 from proma_megatron.errors import WorkerError
 from proma_megatron.runs.directory import RunDir
-from support.forked import forked_start_workers, start_ranks
+from support.forked import forked_start_ranks, start_ranks
 from support.pooled import TINY_RUN, rl_rows
 
 SECONDS = 60.0  # until a test takes it that a rank hangs
@@ -84,7 +84,7 @@ def test_stopped_and_killed_ranks(tmp_path: Path) -> None:
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proma_megatron.commands.train.command.start_workers", forked_start_workers)
+    monkeypatch.setattr("proma_megatron.commands.train.command.start_ranks", forked_start_ranks)
 
 
 @pytest.mark.usefixtures("forked")
@@ -107,7 +107,7 @@ def test_a_run_of_two_ranks_that_score_in_processes_of_their_own(
 
 
 def start(folder: Path) -> None:
-    forked_start_workers("faulty", [], count=2, name="test", logs=folder, process=ProcessConfig())
+    forked_start_ranks("faulty", [], count=2, name="test", logs=folder, process=ProcessConfig())
 
 
 @pytest.fixture

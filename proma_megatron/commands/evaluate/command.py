@@ -15,10 +15,10 @@ from proma_megatron.processes.ranks import (
     already_started,
     as_started,
     is_first_rank,
+    job_folder,
     run_job,
     say,
     take_part,
-    working_folder,
 )
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.rewards.registry import check_references, check_reward
@@ -60,7 +60,7 @@ def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: boo
         return
     samples = config.evaluation.samples
     say(f"{saved.name} on {data}: {len(prompts):,} problems, {samples} completions each")
-    with working_folder("eval") as folder:
+    with job_folder("eval") as folder:
         print(
             run_job("proma_megatron.commands.evaluate.rank", job, config, folder, "eval"),
             flush=True,

@@ -20,7 +20,7 @@ from proma_megatron.data.loading import load_tokenizer, make_prompts
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.evaluation.evaluate import Evaluation, evaluate
 from proma_megatron.files import atomic_write, write_rows
-from proma_megatron.processes.ranks import in_layout, serve
+from proma_megatron.processes.ranks import on_layout, serve
 from proma_megatron.rewards.pool import Scorer
 
 
@@ -33,7 +33,7 @@ def run_evaluation(job: EvaluationJob, logs: Path | None) -> str | None:
     Returns:
         On rank 0 the figures, as JSON.
     """
-    return in_layout(job.config, logs, partial(_run, job))
+    return on_layout(job.config, logs, partial(_run, job))
 
 
 def _run(job: EvaluationJob, topology: Topology) -> str | None:

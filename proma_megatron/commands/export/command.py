@@ -13,10 +13,10 @@ from proma_megatron.processes.ranks import (
     already_started,
     as_started,
     is_first_rank,
+    job_folder,
     run_job,
     say,
     take_part,
-    working_folder,
 )
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.runs.companions import write_companions
@@ -70,7 +70,7 @@ def export(
         if already_started():
             take_part(job, _run)
         else:
-            with working_folder("export") as folder:
+            with job_folder("export") as folder:
                 run_job("proma_megatron.commands.export.rank", job, config, folder, "export")
         if main:
             old = out.with_name(f".{out.name}.old")

@@ -16,7 +16,7 @@ import torch
 from proma_megatron.checkpoints.loading import load_policy
 from proma_megatron.commands.export.job import ExportJob
 from proma_megatron.distributed.topology import Topology
-from proma_megatron.processes.ranks import in_layout, serve
+from proma_megatron.processes.ranks import on_layout, serve
 from proma_megatron.weights.gathering import gather_each
 from proma_megatron.weights.mapping import tensor_shapes
 from proma_megatron.weights.writing import _plan, _write
@@ -31,7 +31,7 @@ def run_export(job: ExportJob, logs: Path | None) -> str | None:
     Returns:
         On rank 0 what was written, as JSON.
     """
-    return in_layout(job.config, logs, partial(_run, job))
+    return on_layout(job.config, logs, partial(_run, job))
 
 
 def _run(job: ExportJob, topology: Topology) -> str | None:

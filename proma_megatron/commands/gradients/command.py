@@ -12,10 +12,10 @@ from proma_megatron.files import check_output
 from proma_megatron.processes.ranks import (
     already_started,
     as_started,
+    job_folder,
     run_job,
     say,
     take_part,
-    working_folder,
 )
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.weights.huggingface import read_model
@@ -52,7 +52,7 @@ def grads(weights: Path, batch: Path, out: Path, config: GradientsConfig) -> Non
     if already_started():
         take_part(job, _run_gradients)
         return
-    with working_folder("grads") as folder:
+    with job_folder("grads") as folder:
         # The ranks read what was checked here, also if the batch came through a pipe.
         write_batch(folder / "batch.jsonl", sequences)
         job = job.model_copy(update={"batch": folder / "batch.jsonl"})

@@ -24,7 +24,7 @@ from proma_megatron.files import atomic_write
 from proma_megatron.learner.gradients import Batch, denominator, projected_gradients
 from proma_megatron.model.build import build_policy
 from proma_megatron.model.policy import DTYPES, Policy
-from proma_megatron.processes.ranks import in_layout, serve
+from proma_megatron.processes.ranks import on_layout, serve
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.diagnostics import UnitSums
 from proma_megatron.projection.units import layer_of
@@ -41,7 +41,7 @@ def run_gradients(job: GradientJob, logs: Path | None) -> str | None:
     Returns:
         On rank 0 what was run and its diagnostics, as JSON.
     """
-    return in_layout(job.config, logs, partial(_run, job))
+    return on_layout(job.config, logs, partial(_run, job))
 
 
 def _run(job: GradientJob, topology: Topology) -> str | None:

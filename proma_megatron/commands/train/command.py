@@ -18,7 +18,7 @@ from proma_megatron.data.loading import check_demonstrations, prepare_data
 from proma_megatron.distributed.devices import check_precision, check_replicas, choose_device
 from proma_megatron.errors import RunStopped, StoppedError, WorkerError
 from proma_megatron.files import write_synced
-from proma_megatron.processes.elastic import start_workers
+from proma_megatron.processes.elastic import start_ranks
 from proma_megatron.processes.entry import defer_compilation
 from proma_megatron.processes.failures import end, forget_earlier
 from proma_megatron.processes.ranks import say
@@ -45,7 +45,7 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     if "RANK" in os.environ:
         _take_part(config, resume=resume, overwrite=overwrite)
     else:
-        _start_workers(config, resume=resume, overwrite=overwrite)
+        _start_ranks(config, resume=resume, overwrite=overwrite)
 
 
 def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -56,10 +56,10 @@ def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         forget_earlier(run_dir.logs)
     defer_compilation()
     with StopSignals() as signals:  # importing takes seconds, too
-        from proma_megatron.commands.train.rank import run_worker
+        from proma_megatron.commands.train.rank import run_rank
 
         try:
-            run_worker(config, resume, signals)
+            run_rank(config, resume, signals)
         except RunStopped as stop:
             # At once: torchrun and `srun -K` end the ranks that are still at it when one has left.
             say(str(stop))
@@ -137,7 +137,7 @@ def _check(config: RunConfig, trained: Path, *, resume: bool) -> list[str]:
     return [note for note in (*notes, *data.notes) if note]
 
 
-def _start_workers(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+def _start_ranks(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     workers = config.parallel.world_size
     device = choose_device(config.device, workers)
     check_precision(config, device)
@@ -152,7 +152,7 @@ def _start_workers(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     if resume:
         arguments.append("--resume")
     try:
-        start_workers(
+        start_ranks(
             "proma_megatron.commands.train.rank",
             arguments,
             count=workers,

@@ -36,7 +36,7 @@ from proma_megatron.runs.directory import RunDir, with_own_tokenizer
 from proma_megatron.training.build import build_run
 
 
-def run_worker(config: RunConfig, resume: bool, signals: StopSignals) -> None:
+def run_rank(config: RunConfig, resume: bool, signals: StopSignals) -> None:
     """The run of this rank, from torchrun's environment variables.
 
     The run directory and its tokenizer are there once the process group is: the launcher, or rank
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(Path(path))
     try:
         with StopSignals() as signals:
-            run_worker(config, "--resume" in flags, signals)
+            run_rank(config, "--resume" in flags, signals)
     except RunStopped:
         return  # the launcher reads what rank 0 has left
     except Exception as error:

@@ -22,9 +22,9 @@ from proma_megatron.commands.verify.subject import (
 )
 from proma_megatron.config.run import GradientsConfig
 from proma_megatron.config.sections import ParallelConfig
-from proma_megatron.distributed.devices import choose_device, describe, workers_on
+from proma_megatron.distributed.devices import choose_device, describe, ranks_on
 from proma_megatron.errors import ConfigError
-from proma_megatron.processes.ranks import working_folder
+from proma_megatron.processes.ranks import job_folder
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.projection.units import layer_of
 
@@ -52,7 +52,7 @@ def verify(source: Path, overrides: Sequence[str]) -> bool:
     device = choose_device(subject.config.device, parallel.world_size)
     config = subject.config.model_copy(update={"device": device})
     alone = config.model_copy(update={"parallel": ParallelConfig()})
-    with working_folder("verify") as folder:
+    with job_folder("verify") as folder:
         write_batch(folder / "batch.jsonl", random_batch(subject))
         summary = _run(subject, config, folder, "layout")
         _run(subject, alone, folder, "alone", chains=parallel.data or 1)
@@ -114,7 +114,7 @@ def _show(
     removed = summary["total"].get("removed_energy") or 0.0
     console.print(
         f"{'[green]PASS' if passed else '[bold red]FAIL'}[/]: {describe(parallel)} "
-        f"({workers_on(parallel.world_size, device)}) against one process, {dtype}, rule "
+        f"({ranks_on(parallel.world_size, device)}) against one process, {dtype}, rule "
         f"{subject.config.projection.rule}: largest relative error {largest:.1e}, tolerance "
         f"{tolerance:.0e}; {removed:.1%} of {_REMOVED[subject.config.projection.rule]}",
         highlight=False,
