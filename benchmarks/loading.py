@@ -16,13 +16,16 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from proma_megatron.config.loading import validate_config
 from proma_megatron.config.run import RunConfig
 from proma_megatron.config.sections import ParallelConfig, Section
-from proma_megatron.processes.ranks import on_layout, run_job, serve
+from proma_megatron.processes.ranks import run_on_ranks
+
+if TYPE_CHECKING:
+    from proma_megatron.distributed.topology import Topology
 
 
 class LoadingJob(Section):
@@ -53,35 +56,31 @@ class Peak(threading.Thread):
         return self.largest
 
 
-def measure(job: LoadingJob, logs: Path | None) -> str | None:
+JOB = LoadingJob
+
+
+def run(job: LoadingJob, topology: Topology) -> str | None:
+    """Measure this rank; rank 0 returns the figures of all, as JSON."""
     import torch.distributed as dist
 
     from proma_megatron.checkpoints.loading import load_policy
-    from proma_megatron.distributed.topology import Topology
     from proma_megatron.weights.mapping import tensor_shapes
 
-    def on_rank(topology: Topology) -> str | None:
-        before, peak = private_bytes(), Peak()
-        peak.start()
-        policy = load_policy(job.config, 0, None, topology)
-        found = {
-            "rank": topology.rank,
-            "shard": sum(s.parameter.nbytes for s in policy.shards),
-            "tensor": max(
-                2 * math.prod(shape)
-                for shape in tensor_shapes(policy.model, policy.vocab_size).values()
-            ),
-            "peak": peak.stop() - before,
-        }
-        everyone: list[object] = [None] * topology.world_size
-        dist.all_gather_object(everyone, found)
-        return json.dumps(everyone) if topology.is_main else None
-
-    return on_layout(job.config, logs, on_rank)
-
-
-def main(arguments: Sequence[str]) -> None:
-    serve(arguments, LoadingJob, measure)
+    before, peak = private_bytes(), Peak()
+    peak.start()
+    policy = load_policy(job.config, 0, None, topology)
+    found = {
+        "rank": topology.rank,
+        "shard": sum(s.parameter.nbytes for s in policy.shards),
+        "tensor": max(
+            2 * math.prod(shape)
+            for shape in tensor_shapes(policy.model, policy.vocab_size).values()
+        ),
+        "peak": peak.stop() - before,
+    }
+    everyone: list[object] = [None] * topology.world_size
+    dist.all_gather_object(everyone, found)
+    return json.dumps(everyone) if topology.is_main else None
 
 
 def write_model(path: Path, hidden: int, layers: int, vocabulary: int) -> None:
@@ -102,7 +101,7 @@ def write_model(path: Path, hidden: int, layers: int, vocabulary: int) -> None:
     Qwen3ForCausalLM(shape).save_pretrained(path, max_shard_size="200MB")
 
 
-def run() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=1)
@@ -120,7 +119,8 @@ def run() -> None:
         # The ranks import this file.
         search = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, search))
-        rows = json.loads(run_job("loading", job, config, Path(folder), "loading"))
+        summary = run_on_ranks("loading", job, purpose="loading", folder=Path(folder))
+    rows = json.loads(summary or "[]")
     print(f"{'rank':>4} {'shard':>10} {'tensor':>10} {'allowed':>10} {'peak':>10}   (MiB)")
     for row in rows:
         figures = (row["shard"], row["tensor"], row["shard"] + row["tensor"], row["peak"])
@@ -128,4 +128,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -4,7 +4,9 @@ import pytest
 from support import quick  # noqa: F401 - before anything that loads Megatron
 from support.forked import end_all
 from support.pool import WorkerPool
-from support.pooled import PooledStarts
+from support.pooled import PooledStarter
+
+from proma_megatron.processes.elastic import starting_ranks
 
 
 @pytest.fixture(scope="session")
@@ -16,12 +18,10 @@ def workers() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture
-def in_pool(workers: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_pool(workers: WorkerPool) -> Iterator[None]:
     """Commands run in this process, and their ranks in the pool: starting others takes seconds."""
-    starts = PooledStarts(workers)
-    monkeypatch.setattr("proma_megatron.commands.train.command.start_ranks", starts.start_ranks)
-    for module in ("export", "evaluate", "gradients"):
-        monkeypatch.setattr(f"proma_megatron.commands.{module}.command.run_job", starts.run_job)
+    with starting_ranks(PooledStarter(workers)):
+        yield
 
 
 @pytest.fixture(scope="session")

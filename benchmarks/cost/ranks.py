@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +15,7 @@ from benchmarks.cost.results import Results, line
 from benchmarks.cost.settings import Effort, Setting, Shape
 from proma_megatron.config.run import GradientsConfig
 from proma_megatron.config.sections import ParallelConfig, ProcessConfig, Section
-from proma_megatron.processes.ranks import job_folder, on_layout, run_job, serve
+from proma_megatron.processes.ranks import run_on_ranks
 
 if TYPE_CHECKING:
     from proma_megatron.distributed.topology import Topology
@@ -59,11 +58,13 @@ def run_settings(settings: Sequence[Setting], effort: Effort, out: Path, device:
         )
         mine = tuple(setting for setting in settings if setting.tensor == tensor)
         job = CostJob(config=config, settings=mine, effort=effort, out=out.resolve())
-        with job_folder("cost") as folder:
-            run_job("benchmarks.cost.ranks", job, config, folder, "cost")
+        run_on_ranks("benchmarks.cost.ranks", job, purpose="cost")
 
 
-def _run(job: CostJob, topology: Topology) -> str | None:
+JOB = CostJob
+
+
+def run(job: CostJob, topology: Topology) -> str | None:
     """All settings of a job, on this rank; rank 0 writes them down and says how they went."""
     from benchmarks.cost.measure import measure
     from benchmarks.cost.ways import disagreement, proma
@@ -110,11 +111,3 @@ def machine(topology: Topology) -> dict[str, Any]:
         "megatron": version("megatron-core"),
         "python": platform.python_version(),
     }
-
-
-def _run_rank(job: CostJob, logs: Path | None) -> str | None:
-    return on_layout(job.config, logs, partial(_run, job))
-
-
-def main(arguments: Sequence[str]) -> None:
-    serve(arguments, CostJob, _run_rank)

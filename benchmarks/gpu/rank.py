@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +23,7 @@ from proma_megatron.config.run import GradientsConfig
 from proma_megatron.config.sections import ModelConfig, Section
 from proma_megatron.distributed.libraries import transformer_engine_version
 from proma_megatron.errors import ConfigError
-from proma_megatron.processes.ranks import job_folder, on_layout, run_job, serve
+from proma_megatron.processes.ranks import run_on_ranks
 
 if TYPE_CHECKING:
     from benchmarks.cost.ways import Step
@@ -56,11 +55,13 @@ def run_settings(
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     effort = Effort(ways=WAYS, seconds=0, least=rounds, most=rounds, limit=3600)
     job = GpuJob(config=config, settings=tuple(settings), effort=effort, out=out.resolve())
-    with job_folder("gpu") as folder:
-        run_job("benchmarks.gpu.rank", job, config, folder, "gpu")
+    run_on_ranks("benchmarks.gpu.rank", job, purpose="gpu")
 
 
-def _run(job: GpuJob, topology: Topology) -> str:
+JOB = GpuJob
+
+
+def run(job: GpuJob, topology: Topology) -> str:
     results = GpuResults.read(job.out)
     mine = described(topology)
     before = results.notes.get("machine", mine)["device"]
@@ -281,11 +282,3 @@ def line(setting: Setting, row: Row) -> str:
             else f"{name} {way['seconds']:.3f} s, {way['tokens_per_second']:,.0f} tokens/s"
         )
     return f"{setting.name}, recompute {row['recomputed']}: {'   '.join(shown)}"
-
-
-def _run_rank(job: GpuJob, logs: Path | None) -> str | None:
-    return on_layout(job.config, logs, partial(_run, job))
-
-
-def main(arguments: Sequence[str]) -> None:
-    serve(arguments, GpuJob, _run_rank)

@@ -1,4 +1,4 @@
-"""Start one process per rank of a layout on this node, with torch elastic."""
+"""Start one process per rank of a layout on this node: with torch elastic, or another starter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from proma_megatron.config.sections import ProcessConfig
 from proma_megatron.errors import RunStopped, StoppedError
@@ -18,6 +19,22 @@ from proma_megatron.processes.signals import Forwarder
 from proma_megatron.processes.stopping import read_stop, write_stop
 
 _END_SECONDS = 3  # from a SIGTERM to a rank, once another one has failed, to SIGKILL
+
+
+class Starter(Protocol):
+    """What starts ranks and waits for them; `start_ranks` says what it is asked for."""
+
+    def __call__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        count: int,
+        name: str,
+        logs: Path,
+        process: ProcessConfig,
+        graceful: bool = False,
+    ) -> None: ...
 
 
 def start_ranks(
@@ -32,7 +49,8 @@ def start_ranks(
 ) -> None:
     """Run ``module.main(arguments)`` on ``count`` ranks, to the end.
 
-    Rank 0 has the terminal; what the others print goes to ``logs``.
+    Rank 0 has the terminal; what the others print goes to ``logs``. The processes are torch
+    elastic's, unless `starting_ranks` names another starter.
 
     Args:
         graceful: ranks are asked to stop, instead of ended, by SIGTERM, SIGUSR1 and a first SIGINT.
@@ -42,6 +60,44 @@ def start_ranks(
         RunStopped: the ranks stopped early, with everything saved.
         StoppedError: a signal ended the launcher.
     """
+    start = _starter.get() or _start_by_elastic
+    start(
+        module,
+        arguments,
+        count=count,
+        name=name,
+        logs=logs,
+        process=process,
+        graceful=graceful,
+    )
+
+
+_starter: ContextVar[Starter | None] = ContextVar("starter", default=None)
+
+
+@contextlib.contextmanager
+def starting_ranks(by: Starter) -> Iterator[None]:
+    """Let `start_ranks` ask this starter within the ``with`` block, whichever command calls it.
+
+    For processes that are there already, such as those that tests share.
+    """
+    before = _starter.set(by)
+    try:
+        yield
+    finally:
+        _starter.reset(before)
+
+
+def _start_by_elastic(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    count: int,
+    name: str,
+    logs: Path,
+    process: ProcessConfig,
+    graceful: bool = False,
+) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

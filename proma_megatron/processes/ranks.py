@@ -1,21 +1,28 @@
 """Commands that run once on the ranks of a layout: told by one JSON file, answering with another.
 
-The launching half loads no Megatron. Under torchrun or srun the ranks are there already.
+A command says by its dotted name which module its ranks run: it loads Megatron, which the command
+itself does not. Such a rank module has
+
+    JOB = ExportJob  # what its ranks are told, a section with a `config`
+    def run(job: ExportJob, topology: Topology) -> str | None: ...  # rank 0 returns a summary
+
+and its `main` is the one below. Under torchrun or srun the ranks are there already.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from proma_megatron.config.run import GradientsConfig, RunConfig
-from proma_megatron.config.sections import ParallelConfig, ProcessConfig, Section
+from proma_megatron.config.sections import ParallelConfig, ProcessConfig
 from proma_megatron.distributed.devices import (
     check_backend,
     check_world_size,
@@ -26,9 +33,13 @@ from proma_megatron.distributed.devices import (
 from proma_megatron.errors import StoppedError, WorkerError
 from proma_megatron.processes.elastic import start_ranks
 from proma_megatron.processes.entry import defer_compilation
+from proma_megatron.processes.slurm import adopt_slurm
 
 if TYPE_CHECKING:
     from proma_megatron.distributed.topology import Topology
+
+
+SUMMARY = "summary.json"  # in the folder of a job: what was run, and what came out
 
 
 class JobConfig(Protocol):
@@ -47,6 +58,15 @@ class JobConfig(Protocol):
     def trainer(self) -> ProcessConfig: ...
 
 
+class Job(Protocol):
+    """What the ranks of a command are told: a section that holds their configuration."""
+
+    @property
+    def config(self) -> JobConfig: ...
+
+    def model_dump_json(self) -> str: ...
+
+
 # --------------------------------------------------------------------------- the launching half
 
 
@@ -61,11 +81,15 @@ def is_first_rank() -> bool:
 
 
 def as_started[Config: GradientsConfig | RunConfig](config: Config) -> Config:
-    """The configuration with the replicas that the processes make, where these are there already.
+    """Return the configuration with the replicas that torchrun's or srun's processes make.
+
+    Where neither has started this process it is the configuration as it was. A task of srun has
+    torchrun's variables from here on.
 
     Raises:
         ConfigError: they don't make a whole number, or not the one that is asked for.
     """
+    adopt_slurm(os.environ)
     if not already_started():
         return config
     world, parallel = int(os.environ["WORLD_SIZE"]), config.parallel
@@ -74,38 +98,78 @@ def as_started[Config: GradientsConfig | RunConfig](config: Config) -> Config:
     return config.model_copy(update={"parallel": replicas})
 
 
-def run_job(module: str, job: Section, config: JobConfig, folder: Path, name: str) -> str:
-    """Run ``module.main`` on the ranks of a layout on this machine, to the end.
+def run_on_ranks[J: Job](
+    rank: str,
+    job: J,
+    *,
+    purpose: str,
+    folder: Path | None = None,
+    stage: Callable[[J, Path], J] | None = None,
+) -> str | None:
+    """Run ``rank.run(job, topology)`` on every rank of the job's layout, to the end.
 
-    ``folder`` takes the job and what the ranks print.
+    Joins the ranks that torchrun or srun started, or starts them on this machine.
+
+    Args:
+        rank: dotted name of the rank module.
+        purpose: of the job, in the name of its folder, "export".
+        folder: takes the job and what the ranks print; None: a temporary one. Not used by ranks
+            that are there already, whose launcher keeps what they print.
+        stage: puts into the folder what only this process can read, and returns the job that
+            names it there; called where ranks are started.
 
     Returns:
-        The summary that rank 0 wrote, JSON.
+        The summary of rank 0; None on the others.
 
     Raises:
         ConfigError: there are too few GPUs for the layout, or what a rank found wrong.
         RewardError, WorkerError: a rank failed.
     """
-    workers = config.parallel.world_size
-    device = choose_device(config.device, workers)
+    if already_started():
+        return join_ranks(rank, job)
+    with nullcontext(folder) if folder is not None else job_folder(purpose) as place:
+        return _start(rank, job if stage is None else stage(job, place), place, purpose)
+
+
+def _start(rank: str, job: Job, folder: Path, purpose: str) -> str:
+    config = job.config
+    count = config.parallel.world_size
+    device = choose_device(config.device, count)
     if isinstance(config, GradientsConfig):  # others only sample and read, which no FP8 layer does
         check_backend(config.model, device)
-    say(f"{describe(config.parallel)}: {ranks_on(workers, device)}")
+    say(f"{describe(config.parallel)}: {ranks_on(count, device)}")
     path = folder / "job.json"
     path.write_text(job.model_dump_json())
     start_ranks(
-        module,
-        [str(path), str(folder)],
-        count=workers,
-        name=name,
+        "proma_megatron.processes.ranks",
+        [rank, str(path), str(folder)],
+        count=count,
+        name=purpose,
         logs=folder,
         process=config.trainer,
     )
     return (folder / SUMMARY).read_text()
 
 
+@contextmanager
+def job_folder(purpose: str) -> Iterator[Path]:
+    """Make a temporary folder; what ranks printed is kept in it if one of them failed."""
+    folder = Path(tempfile.mkdtemp(prefix=f"proma-{purpose}-"))
+    try:
+        yield folder
+    except BaseException as error:
+        if isinstance(error, WorkerError) and not isinstance(error, StoppedError):
+            for tensors in folder.rglob("*.safetensors"):
+                tensors.unlink()
+            print(f"what the ranks printed is in {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
 def say(text: str) -> None:
-    """A line for the person at the terminal; standard output is for results."""
+    """Print a line for the person at the terminal; standard output is for results."""
     if is_first_rank():
         print(text, file=sys.stderr, flush=True)
 
@@ -113,36 +177,61 @@ def say(text: str) -> None:
 # --------------------------------------------------------------------------- the ranks
 
 
-def take_part[Job](job: Job, run: Callable[[Job, Path | None], str | None]) -> None:
-    """One rank among those that torchrun or srun started; rank 0 prints the summary."""
-    stdout = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # also what imports print
-    defer_compilation()
-    summary = run(job, None)
-    if summary is not None:
-        os.write(stdout, summary.encode() + b"\n")
+def join_ranks(rank: str, job: Job) -> str | None:
+    """Run the job on this rank, one of those that torchrun or srun started."""
+    with _results_only():
+        defer_compilation()
+        return run_rank(importlib.import_module(rank), job, None)
 
 
-def serve[Job: Section](
-    arguments: Sequence[str], kind: type[Job], run: Callable[[Job, Path | None], str | None]
-) -> None:
-    """The ``main`` of a rank that `run_job` started."""
+def serve_rank(rank: str, path: Path, folder: Path) -> None:
+    """Run the job of this file on this rank, which `run_on_ranks` started."""
     from proma_megatron.processes.failures import fail
 
-    path, logs = map(Path, arguments)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is for the result
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the launcher prints the result
     try:
-        summary = run(kind.model_validate_json(path.read_text()), logs)
+        module = importlib.import_module(rank)
+        job = module.JOB.model_validate_json(path.read_text())
+        summary = run_rank(module, job, folder)
         if summary is not None:
-            (logs / SUMMARY).write_text(summary)
+            (folder / SUMMARY).write_text(summary)
     except Exception as error:
-        fail(logs, error)
+        fail(folder, error)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve as one rank: the name of the rank module, the file of the job, the job's folder."""
+    rank, path, folder = arguments
+    serve_rank(rank, Path(path), Path(folder))
+
+
+def run_rank(module: Any, job: Job, logs: Path | None) -> str | None:
+    """Run ``module.run`` on this rank, by torchrun's environment variables.
+
+    Args:
+        logs: where a rank that fails says so; None: on standard error only.
+    """
+    return on_layout(job.config, logs, lambda topology: module.run(job, topology))
+
+
+@contextmanager
+def _results_only() -> Iterator[None]:
+    """Send what is printed within it, also by imports, to standard error."""
+    sys.stdout.flush()
+    stdout = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, sys.stdout.fileno())
+        os.close(stdout)
 
 
 def on_layout[Result](
     config: JobConfig, logs: Path | None, run: Callable[[Topology], Result]
 ) -> Result:
-    """``run`` on this rank, in the configuration's layout; a failure ends the process.
+    """Call ``run`` on this rank, in the configuration's layout; a failure ends the process.
 
     Args:
         logs: where a rank that fails says so; None: on standard error only.
@@ -165,23 +254,3 @@ def on_layout[Result](
                     fail(logs, error)
         except BaseException as error:
             fail(logs, error)
-
-
-SUMMARY = "summary.json"  # in the folder of a job: what was run, and what came out
-
-
-@contextmanager
-def job_folder(purpose: str) -> Iterator[Path]:
-    """A temporary folder; what ranks printed is kept in it if one of them failed."""
-    folder = Path(tempfile.mkdtemp(prefix=f"proma-{purpose}-"))
-    try:
-        yield folder
-    except BaseException as error:
-        if isinstance(error, WorkerError) and not isinstance(error, StoppedError):
-            for tensors in folder.rglob("*.safetensors"):
-                tensors.unlink()
-            print(f"what the ranks printed is in {folder}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder)
-        raise
-    shutil.rmtree(folder)

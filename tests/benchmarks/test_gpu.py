@@ -10,7 +10,6 @@ import pytest
 import torch
 from support.gpu_jobs import counted_operations, refused_memory
 from support.pool import WorkerPool
-from support.pooled import PooledStarts
 
 from benchmarks import gpu_step
 from benchmarks.gpu import figures, rank
@@ -24,13 +23,8 @@ SETTING = Setting(shape="tiny", layers=2, tokens=24, sequences=3, microbatches=2
 H200 = "NVIDIA H200"
 
 
-def test_the_command_measures_both_ways(
-    workers: WorkerPool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(rank, "run_job", PooledStarts(workers).run_job)
+@pytest.mark.usefixtures("in_pool")
+def test_the_command_measures_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
     arguments = [*TINY, "--json", str(out), "--tokens", "16", "40", "--microbatch-tokens", "40"]
     gpu_step.run(gpu_step.options_of([*arguments, "--rounds", "2", "--markdown"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.pool import WorkerPool
-from support.pooled import PooledStarts
+from support.pooled import PooledStarter
 
 from benchmarks import growth, projection
 from benchmarks.cost import model, ranks
@@ -19,6 +19,7 @@ from benchmarks.cost.results import Results, setting_of
 from benchmarks.cost.settings import Effort, Setting, Shape, grid
 from benchmarks.cost.table import table
 from proma_megatron.errors import ConfigError
+from proma_megatron.processes.elastic import starting_ranks
 
 SHAPE = Shape(hidden=128, layers=1, vocabulary=40)
 SETTINGS = grid([1], [False, True], [12], [3], microbatches=2, shape=SHAPE)
@@ -29,8 +30,7 @@ LINEAR_UNITS = 7  # of a layer: q, k, v, o, gate, up, down
 def measured(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cost") / "cost.json"
     Results(out).write()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ranks, "run_job", PooledStarts(workers).run_job)
+    with starting_ranks(PooledStarter(workers)):
         ranks.run_settings(SETTINGS, Effort(seconds=0, least=3, most=3), out, "cpu")
     return out
 

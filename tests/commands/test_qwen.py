@@ -25,6 +25,7 @@ from proma_megatron.commands.train.command import train
 from proma_megatron.config.loading import load_config, validate_config
 from proma_megatron.data.loading import load_tokenizer
 from proma_megatron.errors import ConfigError, WorkerError
+from proma_megatron.processes.elastic import starting_ranks
 from proma_megatron.runs.companions import keep_companions, write_companions
 from proma_megatron.runs.directory import RunDir
 from proma_megatron.runs.policies import Saved, open_saved
@@ -235,14 +236,11 @@ def test_export_refuses_what_it_would_overwrite_or_not_do(
     assert list(tmp_path.iterdir()) == [tmp_path / "notes"]
 
 
-def test_an_export_that_fails_leaves_nothing(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> str:
+def test_an_export_that_fails_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise WorkerError("rank 0 failed")
 
-    monkeypatch.setattr("proma_megatron.commands.export.command.run_job", fail)
-    with pytest.raises(WorkerError):
+    with starting_ranks(fail), pytest.raises(WorkerError):
         export(open_saved(trained), tmp_path / "out", None, "5GB")
     assert not list(tmp_path.iterdir())
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from support.command import forked_proma, proma
 from support.pool import WorkerPool
-from support.pooled import PooledStarts, run_in_pool
+from support.pooled import PooledStarter, run_in_pool
 
 from proma_megatron.cli import main
 from proma_megatron.commands.train.command import train
 from proma_megatron.config.loading import load_config
 from proma_megatron.errors import ConfigError
+from proma_megatron.processes.elastic import starting_ranks
 
 TINY = {
     "model.hidden_size": 32,
@@ -88,11 +89,8 @@ def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
     assert rows(run) == found
 
     longer = tiny(parallel__tensor=2, trainer__steps=3)
-    monkeypatch.setattr(
-        "proma_megatron.commands.train.command.start_ranks", PooledStarts(workers).start_ranks
-    )
     monkeypatch.setattr(sys, "argv", ["proma", "train", str(config), "--resume", *longer])
-    with pytest.raises(SystemExit) as resumed:
+    with starting_ranks(PooledStarter(workers)), pytest.raises(SystemExit) as resumed:
         main()
     assert resumed.value.code == 0
     assert [row["step"] for row in rows(run) if row["phase"] == "rl"] == [0, 1, 2, 3]

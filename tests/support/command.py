@@ -7,13 +7,13 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from proma_megatron.cli import main
+from proma_megatron.processes.elastic import Starter, starting_ranks
 from support.forked import forked_start_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def proma(
 
 
 def forked_proma(
-    *arguments: str, cwd: Path = ROOT, start: Callable[..., None] = forked_start_ranks
+    *arguments: str, cwd: Path = ROOT, start: Starter = forked_start_ranks
 ) -> subprocess.CompletedProcess[str]:
     """Run it to its end in this process, from a folder whose modules it finds; ranks are real.
 
@@ -52,8 +52,7 @@ def forked_proma(
     with (
         contextlib.chdir(cwd),
         mock.patch.object(sys, "path", [str(cwd), *sys.path]),
-        mock.patch("proma_megatron.commands.train.command.start_ranks", start),
-        mock.patch("proma_megatron.processes.ranks.start_ranks", start),
+        starting_ranks(start),
     ):
         return proma_here(*arguments)
 

@@ -1,4 +1,4 @@
-"""Runs of `proma train` whose ranks are processes of the pool: starting them takes seconds."""
+"""Commands whose ranks are processes of the pool: starting them takes seconds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from proma_megatron.commands.train.rank import _run_in_group
 from proma_megatron.config.loading import load_config
 from proma_megatron.config.run import RunConfig
 from proma_megatron.distributed.topology import layout
+from proma_megatron.processes.ranks import SUMMARY
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.runs.directory import RunDir
 from support.pool import WorkerPool
@@ -48,19 +49,29 @@ def rank_of_run(device: torch.device, path: Path, resume: bool, paths: Sequence[
         _run_in_group(load_config(path / "config.yaml"), RunDir(path), device, resume)
 
 
-def rank_of_job(device: torch.device, module: str, job: Any, paths: Sequence[str]) -> str | None:
-    """One rank of a command's job."""
-    with _as_a_rank(paths), layout(job.config.parallel, device, job.config.seed) as topology:
-        return importlib.import_module(module)._run(job, topology)
+def rank_of_job(device: torch.device, name: str, path: Path, paths: Sequence[str]) -> str | None:
+    """Run one rank of a command's job, which this file holds."""
+    with _as_a_rank(paths):
+        module = importlib.import_module(name)
+        job = module.JOB.model_validate_json(path.read_text())
+        with layout(job.config.parallel, device, job.config.seed) as topology:
+            return module.run(job, topology)
 
 
-class PooledStarts:
-    """In place of `launcher.start_ranks` and `jobs.run_job`: ranks are those of the pool."""
+class PooledStarter:
+    """A starter whose ranks are those of the pool."""
 
     def __init__(self, workers: WorkerPool) -> None:
         self.workers = workers
 
-    def start_ranks(self, module: str, arguments: Sequence[str], *, count: int, **_: Any) -> None:
+    def __call__(self, module: str, arguments: Sequence[str], *, count: int, **_: Any) -> None:
+        if module == "proma_megatron.processes.ranks":
+            name, path, folder = arguments
+            job = {"name": name, "path": Path(path).resolve(), "paths": sys.path}
+            summary = self.workers.run(count, rank_of_job, **job)[0]
+            if summary is not None:
+                (Path(folder) / SUMMARY).write_text(summary)
+            return
         assert module == "proma_megatron.commands.train.rank"
         path, *flags = arguments
         self.workers.run(
@@ -71,18 +82,13 @@ class PooledStarts:
             paths=sys.path,
         )
 
-    def run_job(self, module: str, job: Any, config: Any, folder: Path, name: str) -> str | None:
-        count = config.parallel.world_size
-        return self.workers.run(count, rank_of_job, module=module, job=job, paths=sys.path)[0]
-
 
 def run_in_pool(workers: WorkerPool, config: RunConfig, *, resume: bool = False) -> RunDir:
     """The whole run, from its checks on; overwrites one that is there, or resumes it."""
     run_dir = _prepare(config, resume=resume, overwrite=not resume)
     arguments = [str(run_dir.config), *(["--resume"] if resume else [])]
-    PooledStarts(workers).start_ranks(
-        "proma_megatron.commands.train.rank", arguments, count=config.parallel.world_size
-    )
+    count = config.parallel.world_size
+    PooledStarter(workers)("proma_megatron.commands.train.rank", arguments, count=count)
     return run_dir
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from proma_megatron.commands.train.command import train
 from proma_megatron.config.loading import load_config
 from proma_megatron.config.sections import ProcessConfig
 from proma_megatron.errors import WorkerError
+from proma_megatron.processes.elastic import starting_ranks
 from proma_megatron.runs.directory import RunDir
 from support.forked import forked_start_ranks, start_ranks
 from support.pooled import TINY_RUN, rl_rows
@@ -83,8 +85,9 @@ def test_stopped_and_killed_ranks(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proma_megatron.commands.train.command.start_ranks", forked_start_ranks)
+def forked() -> Iterator[None]:
+    with starting_ranks(forked_start_ranks):
+        yield
 
 
 @pytest.mark.usefixtures("forked")

@@ -27,13 +27,10 @@ MODEL = f"model={{{', '.join(f'{key}: {value}' for key, value in SHAPE.items())}
 def rows(
     pool: TransformerEnginePool,
     path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     *overrides: str,
     resume: bool = False,
 ) -> list[dict[str, Any]]:
     """Of the RL steps of a tiny run."""
-    # The machine has no GPU, which is what this would find.
-    monkeypatch.setattr("proma_megatron.commands.train.command.check_precision", lambda *_: None)
     source = path / "run.yaml"
     source.write_text(yaml.safe_dump({"name": "run", "root": str(path)}))
     arguments = [*TINY_RUN, MODEL, "model.dtype=bfloat16", "model.fp8=current", *overrides]
@@ -44,13 +41,11 @@ def rows(
 def test_a_run_says_what_fp8_operands_change(
     te_workers: TransformerEnginePool,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     operands: str,
 ) -> None:
     found = rows(
         te_workers,
         tmp_path,
-        monkeypatch,
         f"projection={{fp8_operands: {operands}, fp8_gate_every: 3}}",
         "parallel={tensor: 2, sequence: true}",
         "trainer={steps: 3, eval_every: 0}",
@@ -84,7 +79,6 @@ LAYOUTS = ("{}", "{tensor: 2, sequence: true}", "{pipeline: 2}")
 def test_delayed_scaling_goes_on_where_it_was_saved(
     te_workers: TransformerEnginePool,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     layout: str,
 ) -> None:
     def run(steps: int, name: str, *, resume: bool = False) -> list[dict[str, Any]]:
@@ -92,7 +86,6 @@ def test_delayed_scaling_goes_on_where_it_was_saved(
         return rows(
             te_workers,
             tmp_path / name,
-            monkeypatch,
             "model.fp8=delayed",
             "projection={fp8_operands: fp8, fp8_gate_every: 1}",
             f"parallel={layout}",
@@ -112,13 +105,13 @@ def test_delayed_scaling_goes_on_where_it_was_saved(
 
 
 def test_a_run_goes_on_where_there_is_no_memory_of_delayed_scaling(
-    te_workers: TransformerEnginePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    te_workers: TransformerEnginePool, tmp_path: Path
 ) -> None:
     """A checkpoint of another recipe has none; one of another layout, none that fits."""
 
     def run(steps: int, *overrides: str, resume: bool = True) -> None:
         length = f"trainer={{steps: {steps}, eval_every: 0, save_every: 1}}"
-        found = rows(te_workers, tmp_path, monkeypatch, length, *overrides, resume=resume)
+        found = rows(te_workers, tmp_path, length, *overrides, resume=resume)
         assert [row["step"] for row in found] == list(range(steps + 1))
         marker = read_marker(tmp_path / "run" / "checkpoints" / f"step_{steps:06d}")
         assert ("scaling" in marker.holds) == ("model.fp8=delayed" in overrides)

@@ -15,12 +15,9 @@ from proma_megatron.processes.ranks import (
     already_started,
     as_started,
     is_first_rank,
-    job_folder,
-    run_job,
+    run_on_ranks,
     say,
-    take_part,
 )
-from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.rewards.registry import check_references, check_reward
 from proma_megatron.runs.policies import Saved
 from proma_megatron.weights.huggingface import conversion_note, read_model
@@ -33,7 +30,6 @@ def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: boo
         ConfigError: policy, data, layout or output file don't fit.
         RewardError, WorkerError: a rank failed.
     """
-    adopt_slurm(os.environ)
     config = as_started(saved.config)
     out = out or default_output(saved, data)
     problems = load_problems(data, config.data.columns)
@@ -55,25 +51,15 @@ def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: boo
     for text in filter(None, (*notes, note)):
         say(text)
     job = EvaluationJob(config=config, checkpoint=saved.checkpoint, data=data, out=out)
-    if already_started():
-        take_part(job, _run)
-        return
-    samples = config.evaluation.samples
-    say(f"{saved.name} on {data}: {len(prompts):,} problems, {samples} completions each")
-    with job_folder("eval") as folder:
-        print(
-            run_job("proma_megatron.commands.evaluate.rank", job, config, folder, "eval"),
-            flush=True,
-        )
+    if not already_started():
+        samples = config.evaluation.samples
+        say(f"{saved.name} on {data}: {len(prompts):,} problems, {samples} completions each")
+    summary = run_on_ranks("proma_megatron.commands.evaluate.rank", job, purpose="eval")
+    if summary is not None:
+        print(summary, flush=True)
 
 
 def default_output(saved: Saved, data: Path) -> Path:
     """In the run's directory, or for a Hugging Face model in the current one."""
     name = f"{saved.name}_{data.stem}.jsonl"
     return Path(f"eval_{name}") if saved.run is None else saved.run.path / "evaluation" / name
-
-
-def _run(job: EvaluationJob, logs: Path | None) -> str | None:
-    from proma_megatron.commands.evaluate.rank import run_evaluation  # loads Megatron
-
-    return run_evaluation(job, logs)

@@ -1,7 +1,4 @@
-"""One rank of `proma eval`.
-
-Started through `startup`, or entered directly under torchrun and srun.
-"""
+"""One rank of `proma eval`."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from proma_megatron.checkpoints.loading import load_policy
@@ -20,23 +15,17 @@ from proma_megatron.data.loading import load_tokenizer, make_prompts
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.evaluation.evaluate import Evaluation, evaluate
 from proma_megatron.files import atomic_write, write_rows
-from proma_megatron.processes.ranks import on_layout, serve
 from proma_megatron.rewards.pool import Scorer
 
+JOB = EvaluationJob
 
-def run_evaluation(job: EvaluationJob, logs: Path | None) -> str | None:
-    """The job of this rank, from torchrun's environment variables; rank 0 writes the completions.
 
-    Args:
-        logs: where a rank that fails says so; None: on standard error only.
+def run(job: EvaluationJob, topology: Topology) -> str | None:
+    """Sample and score on this rank; rank 0 writes the completions.
 
     Returns:
         On rank 0 the figures, as JSON.
     """
-    return on_layout(job.config, logs, partial(_run, job))
-
-
-def _run(job: EvaluationJob, topology: Topology) -> str | None:
     config, start = job.config, time.monotonic()
 
     def say(text: str) -> None:
@@ -74,7 +63,3 @@ def _summary(job: EvaluationJob, found: Evaluation, dropped: int) -> dict[str, o
         "dropped_problems": dropped,
         **found.metrics(),
     }
-
-
-def main(arguments: Sequence[str]) -> None:
-    serve(arguments, EvaluationJob, run_evaluation)

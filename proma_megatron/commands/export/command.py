@@ -13,12 +13,9 @@ from proma_megatron.processes.ranks import (
     already_started,
     as_started,
     is_first_rank,
-    job_folder,
-    run_job,
+    run_on_ranks,
     say,
-    take_part,
 )
-from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.runs.companions import write_companions
 from proma_megatron.runs.policies import Saved
 
@@ -37,7 +34,6 @@ def export(
         ConfigError: there is nothing to export, or ``out`` can't be written.
         WorkerError: a rank failed; ``out`` is not there then.
     """
-    adopt_slurm(os.environ)
     config = as_started(saved.config)
     if saved.checkpoint is None:
         raise ConfigError(
@@ -67,11 +63,9 @@ def export(
             part.mkdir()
             for note in write_companions(part, saved, tokenizer, job.vocab_size, job.dtype):
                 say(note)
-        if already_started():
-            take_part(job, _run)
-        else:
-            with job_folder("export") as folder:
-                run_job("proma_megatron.commands.export.rank", job, config, folder, "export")
+        summary = run_on_ranks("proma_megatron.commands.export.rank", job, purpose="export")
+        if already_started() and summary is not None:
+            print(summary, flush=True)
         if main:
             old = out.with_name(f".{out.name}.old")
             if overwrite and out.exists():
@@ -108,9 +102,3 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--out is {out}, but there is no directory {out.parent}; make it")
     if not os.access(out.resolve().parent, os.W_OK):
         raise ConfigError(f"--out is {out}, but {out.parent} is not writable; choose another")
-
-
-def _run(job: ExportJob, logs: Path | None) -> str | None:
-    from proma_megatron.commands.export.rank import run_export  # loads Megatron
-
-    return run_export(job, logs)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from proma_megatron.batching.batch_file import read_batch, write_batch
 from proma_megatron.commands.gradients.job import GradientJob
 from proma_megatron.config.run import GradientsConfig, check_layout
 from proma_megatron.files import check_output
-from proma_megatron.processes.ranks import (
-    already_started,
-    as_started,
-    job_folder,
-    run_job,
-    say,
-    take_part,
-)
-from proma_megatron.processes.slurm import adopt_slurm
+from proma_megatron.processes.ranks import as_started, run_on_ranks, say
 from proma_megatron.weights.huggingface import read_model
+
+RANK = "proma_megatron.commands.gradients.rank"  # also of `proma verify`
 
 
 def grads(weights: Path, batch: Path, out: Path, config: GradientsConfig) -> None:
@@ -28,9 +21,8 @@ def grads(weights: Path, batch: Path, out: Path, config: GradientsConfig) -> Non
         ConfigError: the model, the batch, the layout or the output file don't fit.
         WorkerError: a rank failed.
     """
-    adopt_slurm(os.environ)
-    found = read_model(weights, config.model)
     config = as_started(config)
+    found = read_model(weights, config.model)
     check_layout(found.model, config.parallel)
     sequences = read_batch(batch, found.vocab_size)
     check_output(out, [batch, *weights.iterdir()])
@@ -49,22 +41,12 @@ def grads(weights: Path, batch: Path, out: Path, config: GradientsConfig) -> Non
         batch=batch,
         out=out,
     )
-    if already_started():
-        take_part(job, _run_gradients)
-        return
-    with job_folder("grads") as folder:
+
+    def copied(job: GradientJob, folder: Path) -> GradientJob:
         # The ranks read what was checked here, also if the batch came through a pipe.
         write_batch(folder / "batch.jsonl", sequences)
-        job = job.model_copy(update={"batch": folder / "batch.jsonl"})
-        print(run_gradients_job(job, folder), flush=True)
+        return job.model_copy(update={"batch": folder / "batch.jsonl"})
 
-
-def run_gradients_job(job: GradientJob, folder: Path) -> str:
-    """The summary of a job on ranks of this machine; raises as `jobs.run_job`."""
-    return run_job("proma_megatron.commands.gradients.rank", job, job.config, folder, "gradients")
-
-
-def _run_gradients(job: GradientJob, logs: Path | None) -> str | None:
-    from proma_megatron.commands.gradients.rank import run_gradients  # loads Megatron
-
-    return run_gradients(job, logs)
+    summary = run_on_ranks(RANK, job, purpose="grads", stage=copied)
+    if summary is not None:
+        print(summary, flush=True)

@@ -1,7 +1,4 @@
-"""One rank of `proma grads` or `proma verify`.
-
-Started through `startup`, or entered directly under torchrun and srun.
-"""
+"""One rank of `proma grads` or `proma verify`."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,27 +19,21 @@ from proma_megatron.files import atomic_write
 from proma_megatron.learner.gradients import Batch, denominator, projected_gradients
 from proma_megatron.model.build import build_policy
 from proma_megatron.model.policy import DTYPES, Policy
-from proma_megatron.processes.ranks import on_layout, serve
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.diagnostics import UnitSums
 from proma_megatron.projection.units import layer_of
 from proma_megatron.weights.filling import fill
 from proma_megatron.weights.huggingface import read_model
 
+JOB = GradientJob
 
-def run_gradients(job: GradientJob, logs: Path | None) -> str | None:
-    """The job of this rank, from torchrun's environment variables; rank 0 writes the gradients.
 
-    Args:
-        logs: where a rank that fails says so; None: on standard error only.
+def run(job: GradientJob, topology: Topology) -> str | None:
+    """Accumulate and project on this rank; rank 0 writes the gradients.
 
     Returns:
         On rank 0 what was run and its diagnostics, as JSON.
     """
-    return on_layout(job.config, logs, partial(_run, job))
-
-
-def _run(job: GradientJob, topology: Topology) -> str | None:
     start = time.monotonic()
 
     def progress(text: str) -> None:
@@ -111,7 +100,3 @@ def _place(name: str) -> tuple[bool, int, str]:
     """Layers in their order, then embedding, final norm and head."""
     layer = layer_of(name)
     return layer is None, layer or 0, name
-
-
-def main(arguments: Sequence[str]) -> None:
-    serve(arguments, GradientJob, run_gradients)

@@ -1,6 +1,6 @@
 """One rank of a run: check, join the process group, build the run, run, leave.
 
-Started by `launcher` through `startup`, or entered directly under torchrun and srun. A failure is
+Started through `processes.entry`, or entered directly under torchrun and srun. A failure is
 written to ``logs/error_rank<r>.json`` and ends the process at once. A run that stops early is left
 in order, by all ranks together.
 """

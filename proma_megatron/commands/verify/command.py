@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from proma_megatron.batching.batch_file import write_batch
-from proma_megatron.commands.gradients.command import run_gradients_job
+from proma_megatron.commands.gradients.command import RANK
 from proma_megatron.commands.gradients.job import GradientJob
 from proma_megatron.commands.verify.comparison import TOLERANCES, KindError, compare
 from proma_megatron.commands.verify.subject import (
@@ -24,7 +24,7 @@ from proma_megatron.config.run import GradientsConfig
 from proma_megatron.config.sections import ParallelConfig
 from proma_megatron.distributed.devices import choose_device, describe, ranks_on
 from proma_megatron.errors import ConfigError
-from proma_megatron.processes.ranks import job_folder
+from proma_megatron.processes.ranks import already_started, job_folder, run_on_ranks
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.projection.units import layer_of
 
@@ -40,7 +40,7 @@ def verify(source: Path, overrides: Sequence[str]) -> bool:
         WorkerError: a rank failed.
     """
     adopt_slurm(os.environ)
-    if "RANK" in os.environ:
+    if already_started():
         raise ConfigError("proma verify starts its own workers; run it without torchrun or srun")
     subject = read_subject(source, overrides)
     parallel = subject.config.parallel
@@ -74,13 +74,12 @@ def _run(
         chains=chains,
         out=folder / f"{name}.safetensors",
     )
-    return json.loads(run_gradients_job(job, logs))
+    summary = run_on_ranks(RANK, job, purpose="verify", folder=logs)
+    assert summary is not None, "this process starts the ranks, so it has the summary of rank 0"
+    return json.loads(summary)
 
 
-# --------------------------------------------------------------------------- what to verify
-
-
-# --------------------------------------------------------------------------- comparing
+# --------------------------------------------------------------------------- what is shown
 
 
 _ACCUMULATED = "the accumulated energy was projected away"
