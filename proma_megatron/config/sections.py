@@ -34,16 +34,41 @@ class Section(BaseModel):
 class ComputeConfig(Section):
     """How a model is computed, whatever its shape."""
 
-    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
-    recompute: Literal["none", "full"] = "none"
-    # Whose linear layers and attention: Megatron-Core's on torch, or Transformer Engine's. "auto"
-    # takes Transformer Engine in bfloat16 where a GPU and a tested version of it are there.
-    backend: Literal["auto", "torch", "transformer_engine"] = "auto"
-    # Recipe of the layers' products, forward and towards the input, in training passes; rollouts
-    # stay in bfloat16. current, delayed: a scale a tensor; blockwise: a block of 128; mxfp8: of 32.
-    fp8: Literal["none", "current", "delayed", "blockwise", "mxfp8"] = "none"
-    fp8_skip_first: NonNegativeInt = 0  # layers at the start that stay in bfloat16
-    fp8_skip_last: NonNegativeInt = 0  # and at the end
+    dtype: Literal["float64", "float32", "bfloat16"] = Field(
+        default="float32",
+        description=(
+            "Of weights and activations; gradients accumulate in float32, or float64 with float64."
+        ),
+    )
+    recompute: Literal["none", "full"] = Field(
+        default="none",
+        description=(
+            "Activations that are computed again in backward instead of being kept: none, or "
+            "all but each layer's input."
+        ),
+    )
+    backend: Literal["auto", "torch", "transformer_engine"] = Field(
+        default="auto",
+        description=(
+            "Whose linear layers and attention: Megatron-Core's on torch, or Transformer "
+            "Engine's. auto takes Transformer Engine in bfloat16 where a GPU and a tested "
+            "version of it are there."
+        ),
+    )
+    fp8: Literal["none", "current", "delayed", "blockwise", "mxfp8"] = Field(
+        default="none",
+        description=(
+            "Recipe of the layers' products, forward and towards the input, in training "
+            "passes; rollouts stay in bfloat16. current, delayed: a scale a tensor; blockwise: "
+            "a block of 128; mxfp8: of 32."
+        ),
+    )
+    fp8_skip_first: NonNegativeInt = Field(
+        default=0, description="Layers at the start that stay in bfloat16."
+    )
+    fp8_skip_last: NonNegativeInt = Field(
+        default=0, description="Layers at the end that stay in bfloat16."
+    )
 
     @property
     def fp8_skipped(self) -> int:
@@ -58,29 +83,60 @@ class ModelConfig(ComputeConfig):
     config.json: keys of the shape need not be given, and may not differ.
     """
 
-    path: UserPath | None = None
-    vocab_size: PositiveInt | None = None  # rows of the embedding; null: the tokenizer's
-    hidden_size: PositiveInt = 128
-    ffn_hidden_size: PositiveInt = 384
-    layers: PositiveInt = 4
-    heads: PositiveInt = 4
-    kv_heads: PositiveInt = 2
-    head_dim: PositiveInt = 32
-    qk_norm: bool = True  # Qwen3
-    qkv_bias: bool = False  # Qwen2 and Qwen2.5
-    tie_embeddings: bool = True
-    rope_base: PositiveFloat = 1_000_000.0
-    norm_eps: PositiveFloat = 1e-6
-    init_std: PositiveFloat = 0.02
+    path: UserPath | None = Field(
+        default=None,
+        description=(
+            "Hugging Face directory with weights and shape; null: random weights of the shape "
+            "below."
+        ),
+    )
+    vocab_size: PositiveInt | None = Field(
+        default=None, description="Rows of the embedding; null: the tokenizer's."
+    )
+    hidden_size: PositiveInt = Field(default=128, description="Width of the residual stream.")
+    ffn_hidden_size: PositiveInt = Field(
+        default=384, description="Width of the feed-forward layers."
+    )
+    layers: PositiveInt = Field(default=4, description="Number of transformer layers.")
+    heads: PositiveInt = Field(default=4, description="Attention heads, of queries.")
+    kv_heads: PositiveInt = Field(default=2, description="Attention heads of keys and values.")
+    head_dim: PositiveInt = Field(default=32, description="Width of one attention head.")
+    qk_norm: bool = Field(
+        default=True, description="RMSNorm on queries and keys of each head, as in Qwen3."
+    )
+    qkv_bias: bool = Field(
+        default=False, description="Biases of queries, keys and values, as in Qwen2 and Qwen2.5."
+    )
+    tie_embeddings: bool = Field(
+        default=True, description="Whether embedding and head are one table."
+    )
+    rope_base: PositiveFloat = Field(
+        default=1_000_000.0, description="Base of the rotary embedding."
+    )
+    norm_eps: PositiveFloat = Field(
+        default=1e-6, description="Added to the mean square in RMSNorm."
+    )
+    init_std: PositiveFloat = Field(
+        default=0.02, description="Standard deviation of random initial weights."
+    )
 
 
 class ParallelConfig(Section):
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    # Model chunks per pipeline stage; null: no interleaving.
-    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
-    sequence: bool = False
-    data: PositiveInt | None = None  # None: 1, or what torchrun or srun started
+    tensor: PositiveInt = Field(default=1, description="Ranks that share each layer's weights.")
+    pipeline: PositiveInt = Field(default=1, description="Stages that the layers are cut into.")
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="Model chunks per pipeline stage; null: no interleaving."
+    )
+    sequence: bool = Field(
+        default=False,
+        description=(
+            "Sequence parallelism: norms and residual stream cut along the tokens of tensor ranks."
+        ),
+    )
+    data: PositiveInt | None = Field(
+        default=None,
+        description="Replicas of the policy; null: 1, or what torchrun or srun started.",
+    )
 
     @property
     def model_size(self) -> int:
@@ -94,80 +150,153 @@ class ParallelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    # A SentencePiece .model file, or a directory with a Hugging Face tokenizer. Null: that of
-    # model.path; without one, a SentencePiece model trained from the task's own text.
-    path: UserPath | None = None
-    vocab_size: PositiveInt = 320  # of a tokenizer that is trained here
+    path: UserPath | None = Field(
+        default=None,
+        description=(
+            "A SentencePiece .model file, or a directory with a Hugging Face tokenizer. Null: "
+            "that of model.path; without one, a SentencePiece model trained from the task's "
+            "own text."
+        ),
+    )
+    vocab_size: PositiveInt = Field(
+        default=320, description="Tokens of a tokenizer that is trained here."
+    )
 
 
 class PromptConfig(Section):
     """How a question becomes the text that the policy continues."""
 
-    # "auto": the tokenizer's chat template where it has one, else "Question: ... Answer:".
-    template: Literal["auto", "chat", "plain"] = "auto"
-    thinking: bool = False  # a chat template's enable_thinking
-    system: str | None = None  # a system message before the question
-    instruction: str | None = None  # follows a question, after a space; chats of the data stay
+    template: Literal["auto", "chat", "plain"] = Field(
+        default="auto",
+        description=(
+            'auto: the tokenizer\'s chat template where it has one, else "Question: ... Answer:".'
+        ),
+    )
+    thinking: bool = Field(default=False, description="A chat template's enable_thinking.")
+    system: str | None = Field(
+        default=None, description="A system message before the question; null: none."
+    )
+    instruction: str | None = Field(
+        default=None,
+        description="Follows a question, after a space; chats of the data stay as they are.",
+    )
 
 
 class ColumnsConfig(Section):
     """Columns of data files; a dot reaches into a column. Null: GSM8K's own, or verl's."""
 
-    prompt: str | None = None  # a text, or chat messages
-    answer: str | None = None  # the reference answer
-    solution: str | None = None  # a worked answer, for the warm start
+    prompt: str | None = Field(default=None, description="A text, or chat messages.")
+    answer: str | None = Field(default=None, description="The reference answer.")
+    solution: str | None = Field(default=None, description="A worked answer, for the warm start.")
 
 
 class DataConfig(Section):
-    train_problems: PositiveInt = 20_000
-    validation_problems: PositiveInt = 128
-    largest_number: Annotated[int, Field(ge=2)] = 50  # in a generated question
-    solution_steps: Literal[1, 2] = 2  # lines of arithmetic in a generated solution, at most
-    train_file: UserPath | None = None  # JSONL or parquet, instead of the generator
-    validation_file: UserPath | None = None
-    columns: ColumnsConfig = ColumnsConfig()
-    seed: int = 0
+    train_problems: PositiveInt = Field(
+        default=20_000, description="Generated problems to train on, where there is no train_file."
+    )
+    validation_problems: PositiveInt = Field(
+        default=128,
+        description="Generated problems to validate on, where there is no validation_file.",
+    )
+    largest_number: Annotated[int, Field(ge=2)] = Field(
+        default=50, description="Largest number in a generated question."
+    )
+    solution_steps: Literal[1, 2] = Field(
+        default=2, description="Lines of arithmetic in a generated solution, at most."
+    )
+    train_file: UserPath | None = Field(
+        default=None, description="JSONL or parquet file of problems, instead of the generator."
+    )
+    validation_file: UserPath | None = Field(default=None, description="The same for validation.")
+    columns: ColumnsConfig = Field(
+        default=ColumnsConfig(), description="Columns of the data files."
+    )
+    seed: int = Field(default=0, description="Seed of generated problems.")
 
 
 class RolloutConfig(Section):
-    prompts_per_step: PositiveInt = 16
-    samples_per_prompt: PositiveInt = 8
-    temperature: PositiveFloat = 1.0
-    top_k: NonNegativeInt = 0  # 0: off
-    top_p: Fraction = 1.0
-    max_prompt_tokens: PositiveInt = 96
-    max_new_tokens: PositiveInt = 48
-    batch_size: PositiveInt = 128  # sequences that decode at the same time on one replica
-    # Further rounds of prompts in place of groups whose rewards are all equal (DAPO's dynamic
-    # sampling); what is missing after the last round is filled with such groups. 0: off.
-    resampling_rounds: NonNegativeInt = 0
+    prompts_per_step: PositiveInt = Field(
+        default=16, description="Prompts of an RL step, of all replicas together."
+    )
+    samples_per_prompt: PositiveInt = Field(
+        default=8, description="Completions of each prompt: a group."
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="Of sampling.")
+    top_k: NonNegativeInt = Field(
+        default=0, description="Sample from so many most likely tokens; 0: off."
+    )
+    top_p: Fraction = Field(
+        default=1.0,
+        description=(
+            "Sample from the most likely tokens that have this probability together; 1: off."
+        ),
+    )
+    max_prompt_tokens: PositiveInt = Field(
+        default=96, description="Longest prompt; longer ones are dropped."
+    )
+    max_new_tokens: PositiveInt = Field(default=48, description="Longest completion.")
+    batch_size: PositiveInt = Field(
+        default=128, description="Sequences that decode at the same time on one replica."
+    )
+    resampling_rounds: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Further rounds of prompts in place of groups whose rewards are all equal (DAPO's "
+            "dynamic sampling); what is missing after the last round is filled with such "
+            "groups. 0: off."
+        ),
+    )
 
 
 class RewardConfig(Section):
     """A completion's score, in [0, 1] for the built-in functions, and what is added to it."""
 
-    # "gsm8k": the number after "####"; "math": the last answer in the text, compared by
-    # math-verify; or "package.module:function" of (prompt, completion, reference).
-    function: str = "gsm8k"
-    format_bonus: NonNegativeFloat = 0.0  # for an answer in the form asked for, right or wrong
-    format_pattern: str | None = None  # regular expression of that form; null: the function's own
-    overlong_penalty: NonNegativeFloat = 0.0  # what a completion loses that meets the length limit
-    overlong_buffer: NonNegativeInt = 0  # last tokens over which the penalty grows; 0: at once
-    timeout_seconds: PositiveFloat = 5.0  # for one sample, which scores 0 when it runs out
-    workers: PositiveInt = 2  # scoring processes of a replica
+    function: str = Field(
+        default="gsm8k",
+        description=(
+            '"gsm8k": the number after "####"; "math": the last answer in the text, compared '
+            'by math-verify; or "package.module:function" of (prompt, completion, reference).'
+        ),
+    )
+    format_bonus: NonNegativeFloat = Field(
+        default=0.0, description="Added for an answer in the form asked for, right or wrong."
+    )
+    format_pattern: str | None = Field(
+        default=None, description="Regular expression of that form; null: the function's own."
+    )
+    overlong_penalty: NonNegativeFloat = Field(
+        default=0.0, description="What a completion loses that meets the length limit."
+    )
+    overlong_buffer: NonNegativeInt = Field(
+        default=0, description="Last tokens over which the penalty grows; 0: at once."
+    )
+    timeout_seconds: PositiveFloat = Field(
+        default=5.0, description="For one sample, which scores 0 when it runs out."
+    )
+    workers: PositiveInt = Field(default=2, description="Scoring processes of a replica.")
 
 
 class AdvantageConfig(Section):
-    """How rewards become advantages; `batching/advantages/` has the formulas."""
+    """How rewards become advantages; `advantages/` has the formulas."""
 
     estimator: Literal["group", "rloo", "leave_one_out", "reinforce_plus_plus", "stratified"] = (
-        "group"
+        Field(default="group", description="Which estimator, see the guide's page on algorithms.")
     )
-    # Divide by the standard deviation: of the group (group, stratified: of the stratum), of the
-    # other samples (leave_one_out). Null: only reinforce_plus_plus does, by the batch's.
-    normalize_std: bool | None = None
-    stratum: Literal["finished", "timed_out", "length"] = "length"  # key of a sample; stratified
-    blend: Annotated[float, Field(ge=0, le=1)] = 1.0  # stratified: the rest is the group's
+    normalize_std: bool | None = Field(
+        default=None,
+        description=(
+            "Divide by the standard deviation: of the group (group, stratified: of the "
+            "stratum), of the other samples (leave_one_out). Null: only reinforce_plus_plus "
+            "does, by the batch's."
+        ),
+    )
+    stratum: Literal["finished", "timed_out", "length"] = Field(
+        default="length", description="Key of a sample that stratified compares within."
+    )
+    blend: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0,
+        description="stratified: the share of its own advantage; the rest is the group's.",
+    )
 
 
 class KLConfig(Section):
@@ -177,12 +306,22 @@ class KLConfig(Section):
     and doubled after one above 1.5 * target (PPO, arXiv:1707.06347, section 4).
     """
 
-    coefficient: NonNegativeFloat = 0.0
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    place: Literal["loss", "reward"] = "loss"
-    # "initial": the policy that RL started from; "rollout": the one that sampled, as PPO does.
-    reference: Literal["initial", "rollout"] = "initial"
-    target: PositiveFloat | None = None
+    coefficient: NonNegativeFloat = Field(default=0.0, description="Of the penalty; 0: off.")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="Estimator of the divergence from single tokens."
+    )
+    place: Literal["loss", "reward"] = Field(
+        default="loss", description="Whether it is a term of the loss, or taken from the reward."
+    )
+    reference: Literal["initial", "rollout"] = Field(
+        default="initial",
+        description=(
+            "initial: the policy that RL started from; rollout: the one that sampled, as PPO does."
+        ),
+    )
+    target: PositiveFloat | None = Field(
+        default=None, description="Divergence that the coefficient is adapted to; null: it stays."
+    )
 
 
 LossKind = Literal["reinforce", "ppo", "grpo", "dr_grpo", "cispo", "gspo"]
@@ -191,25 +330,63 @@ LossKind = Literal["reinforce", "ppo", "grpo", "dr_grpo", "cispo", "gspo"]
 class LossConfig(Section):
     """The policy loss. Null stands for the algorithm's own, see `choices.py`."""
 
-    # proma, intra_proma and isopo take reinforce, or another that their accumulation can carry.
-    kind: LossKind | None = None
-    # reinforce: weight tokens by the unclipped ratio to the rollout policy. "auto" does so when a
-    # rollout batch is split into several minibatches; the first update of a batch is on-policy.
-    importance: Literal["auto", "on", "off"] = "auto"
-    clip: bool = True  # false: the unclipped surrogate, as with PPO's KL penalty
-    clip_low: NonNegativeFloat | None = None  # ratio >= 1 - clip_low
-    clip_high: NonNegativeFloat | None = None  # ratio <= 1 + clip_high
-    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    ratio: Literal["token", "sequence"] | None = None  # what is clipped: of a token or a sequence
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
-    # sequence_sum: what the sum of a sequence's tokens is divided by; null: max_new_tokens.
-    aggregation_constant: PositiveFloat | None = None
-    entropy: NonNegativeFloat = 0.0  # coefficient of the entropy bonus
-    kl: KLConfig = KLConfig()
-    # Weight tokens by pi_trainer / pi_generator of the sampling policy, truncated at mismatch_cap,
-    # by token or by sequence; the trainer's log-probabilities cost a forward pass a step.
-    mismatch: Literal["off", "token", "sequence"] = "off"
-    mismatch_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    kind: LossKind | None = Field(
+        default=None,
+        description=(
+            "proma, intra_proma and isopo take reinforce, or another that their accumulation "
+            "can carry."
+        ),
+    )
+    importance: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "reinforce: weight tokens by the unclipped ratio to the rollout policy. auto does "
+            "so when a rollout batch is split into several minibatches; the first update of a "
+            "batch is on-policy."
+        ),
+    )
+    clip: bool = Field(
+        default=True, description="False: the unclipped surrogate, as with PPO's KL penalty."
+    )
+    clip_low: NonNegativeFloat | None = Field(
+        default=None, description="Clips the ratio at 1 - clip_low from below."
+    )
+    clip_high: NonNegativeFloat | None = Field(
+        default=None, description="Clips the ratio at 1 + clip_high from above."
+    )
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description=(
+            "Bounds the loss at this multiple of the advantage where that is negative; null: off."
+        ),
+    )
+    ratio: Literal["token", "sequence"] | None = Field(
+        default=None, description="What is clipped: the ratio of a token or of a sequence."
+    )
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = Field(
+        default=None, description="How token losses become one number."
+    )
+    aggregation_constant: PositiveFloat | None = Field(
+        default=None,
+        description=(
+            "sequence_sum: what the sum of a sequence's tokens is divided by; null: max_new_tokens."
+        ),
+    )
+    entropy: NonNegativeFloat = Field(default=0.0, description="Coefficient of the entropy bonus.")
+    kl: KLConfig = Field(
+        default=KLConfig(), description="A penalty on the divergence from a reference policy."
+    )
+    mismatch: Literal["off", "token", "sequence"] = Field(
+        default="off",
+        description=(
+            "Weight tokens by pi_trainer / pi_generator of the sampling policy, truncated at "
+            "mismatch_cap, by token or by sequence; the trainer's log-probabilities cost a "
+            "forward pass a step."
+        ),
+    )
+    mismatch_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        default=2.0, description="Largest such weight."
+    )
 
 
 Algorithm = Literal[
@@ -225,32 +402,78 @@ class ProjectionConfig(Section):
     change the advantages of a microbatch by unit. Only what a rule uses counts.
     """
 
-    rule: Literal["exact", "iterative", "ridge", "subspace", "norm", "kernel", "none"] = (
-        "exact"  # in a run without one: the algorithm's first
+    rule: Literal["exact", "iterative", "ridge", "subspace", "norm", "kernel", "none"] = Field(
+        default="exact", description="Which rule; in a run without one: the algorithm's first."
     )
-    # Removed part at most bound * |P|, P the microbatch's own gradient; null: unbounded.
-    bound: NonNegativeFloat | None = 0.5
-    rank: PositiveInt = 8  # subspace: dimension of each dominant subspace
-    sides: Literal["both", "input", "output"] = "both"  # subspace: whose directions are removed
-    regularization: PositiveFloat = 1.0  # kernel, norm: relative to the mean eigenvalue of K
-    shrinkage: Annotated[float, Field(ge=0, le=1)] = 1.0
-    parameters: Literal["all", "linear"] = "all"
-    unit: Literal["huggingface", "megatron"] = "huggingface"
-    data_parallel: Literal["replica"] = "replica"
-    workspace_mb: PositiveInt = 512  # half for sequence gradients of one layer, half for blocks
-    # Sequence gradients of a weight: kept until the layer is solved where they fit (materialize),
-    # formed in passing (stream), or what was measured to be faster (auto).
-    gradients: Literal["auto", "materialize", "stream"] = "auto"
+    bound: NonNegativeFloat | None = Field(
+        default=0.5,
+        description=(
+            "Removed part at most bound * |P|, P the microbatch's own gradient; null: unbounded."
+        ),
+    )
+    rank: PositiveInt = Field(
+        default=8, description="subspace: dimension of each dominant subspace."
+    )
+    sides: Literal["both", "input", "output"] = Field(
+        default="both", description="subspace: whose directions are removed."
+    )
+    regularization: PositiveFloat = Field(
+        default=1.0, description="kernel, norm: relative to the mean eigenvalue of K."
+    )
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0, description="Share of the removed part that is removed."
+    )
+    parameters: Literal["all", "linear"] = Field(
+        default="all",
+        description="Which parameters are projected; linear: weights of linear layers only.",
+    )
+    unit: Literal["huggingface", "megatron"] = Field(
+        default="huggingface",
+        description=(
+            "What is projected together: tensors as Hugging Face names them, or as Megatron "
+            "fuses them."
+        ),
+    )
+    data_parallel: Literal["replica"] = Field(
+        default="replica",
+        description=(
+            "With several replicas: each runs its own chain over its microbatches, and the "
+            "chains are added."
+        ),
+    )
+    workspace_mb: PositiveInt = Field(
+        default=512, description="Half for sequence gradients of one layer, half for blocks."
+    )
+    gradients: Literal["auto", "materialize", "stream"] = Field(
+        default="auto",
+        description=(
+            "Sequence gradients of a weight: kept until the layer is solved where they fit "
+            "(materialize), formed in passing (stream), or what was measured to be faster "
+            "(auto)."
+        ),
+    )
 
-    # With model.fp8: what sequence gradients are formed from, inputs and output gradients of layers
-    # as they were, or as FP8 has them.
-    fp8_operands: Literal["bfloat16", "fp8"] = "bfloat16"
-    # With model.fp8: steps between comparisons of one microbatch's K and c from both; 0: only the
-    # first step. Warn when the median relative error of beta is above fp8_gate_beta, or the cosine
-    # between both accumulated gradients below fp8_gate_cosine.
-    fp8_gate_every: NonNegativeInt = 50
-    fp8_gate_beta: PositiveFloat = 0.2
-    fp8_gate_cosine: Fraction = 0.99
+    fp8_operands: Literal["bfloat16", "fp8"] = Field(
+        default="bfloat16",
+        description=(
+            "With model.fp8: what sequence gradients are formed from, inputs and output "
+            "gradients of layers as they were, or as FP8 has them."
+        ),
+    )
+    fp8_gate_every: NonNegativeInt = Field(
+        default=50,
+        description=(
+            "With model.fp8: steps between comparisons of one microbatch's K and c from both "
+            "kinds of operands; 0: only the first step."
+        ),
+    )
+    fp8_gate_beta: PositiveFloat = Field(
+        default=0.2, description="Warn when the median relative error of beta is above this."
+    )
+    fp8_gate_cosine: Fraction = Field(
+        default=0.99,
+        description="Warn when the cosine between both accumulated gradients is below this.",
+    )
 
     @property
     def acts_alone(self) -> bool:
@@ -266,56 +489,99 @@ class ProjectionConfig(Section):
 
 
 class BatchingConfig(Section):
-    tokens_per_microbatch: PositiveInt = 1024
-    # Consecutive sequences instead of a token budget: with samples_per_prompt of them, a
-    # microbatch is one prompt's group.
-    sequences_per_microbatch: PositiveInt | None = None
-    minibatches: PositiveInt = 1  # optimizer steps per rollout batch
-    # A sequence of advantage 0 adds nothing to the policy loss, but what others accumulated is made
-    # orthogonal to it, as in the paper. "drop" saves its forward and backward; entropy and mismatch
-    # are then measured on the others only.
-    zero_advantage: Literal["keep", "drop"] = "keep"
+    tokens_per_microbatch: PositiveInt = Field(
+        default=1024, description="Largest number of tokens of a microbatch."
+    )
+    sequences_per_microbatch: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Consecutive sequences instead of a token budget: with samples_per_prompt of them, "
+            "a microbatch is one prompt's group. Null: the token budget."
+        ),
+    )
+    minibatches: PositiveInt = Field(default=1, description="Optimizer steps per rollout batch.")
+    zero_advantage: Literal["keep", "drop"] = Field(
+        default="keep",
+        description=(
+            "A sequence of advantage 0 adds nothing to the policy loss, but what others "
+            "accumulated is made orthogonal to it, as in the paper. drop saves its forward and "
+            "backward; entropy and mismatch are then measured on the others only."
+        ),
+    )
 
 
 class OptimizerConfig(Section):
-    lr: PositiveFloat = 1e-3
-    min_lr: NonNegativeFloat = 0.0
-    warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: NonNegativeFloat = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = 1e-8
-    clip_grad: NonNegativeFloat = 1.0  # 0: off
-    distributed: bool = False  # shard optimizer state over data-parallel ranks
+    lr: PositiveFloat = Field(default=1e-3, description="Learning rate of RL, after its warmup.")
+    min_lr: NonNegativeFloat = Field(default=0.0, description="Where a decay ends.")
+    warmup_steps: NonNegativeInt = Field(
+        default=0, description="Optimizer steps over which the rate rises from 0."
+    )
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="How the rate falls after the warmup."
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW's.")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Decay of Adam's first moment."
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.95, description="Decay of Adam's second moment."
+    )
+    eps: PositiveFloat = Field(
+        default=1e-8, description="Added to the root of Adam's second moment."
+    )
+    clip_grad: NonNegativeFloat = Field(
+        default=1.0, description="Largest norm of the gradient; 0: off."
+    )
+    distributed: bool = Field(
+        default=False, description="Shard optimizer state over data-parallel ranks."
+    )
 
 
 class WarmStartConfig(Section):
     """Supervised steps on worked answers before RL; 0 steps start RL from the initial weights."""
 
-    steps: NonNegativeInt = 0
-    sequences_per_step: PositiveInt = 64
-    guesses: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of demonstrations without the work
-    lr: PositiveFloat = 2e-3
-    warmup_steps: NonNegativeInt = 10
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    steps: NonNegativeInt = Field(default=0, description="Supervised steps; 0: none.")
+    sequences_per_step: PositiveInt = Field(default=64, description="Demonstrations of a step.")
+    guesses: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Share of demonstrations without the work."
+    )
+    lr: PositiveFloat = Field(default=2e-3, description="Learning rate, after its warmup.")
+    warmup_steps: NonNegativeInt = Field(
+        default=10, description="Steps over which the rate rises from 0."
+    )
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="How the rate falls after the warmup."
+    )
 
 
 class ProcessConfig(Section):
     """The worker processes."""
 
-    timeout_minutes: PositiveFloat = 10.0  # of one collective
-    threads: PositiveInt = 1  # CPU threads per process, where there is no GPU
+    timeout_minutes: PositiveFloat = Field(
+        default=10.0, description="Longest time of one collective."
+    )
+    threads: PositiveInt = Field(
+        default=1, description="CPU threads per process, where there is no GPU."
+    )
 
 
 class EvaluationConfig(Section):
     """How `proma eval` and validation sample."""
 
-    samples: PositiveInt = 1  # of a problem
-    # Null: 0, which is greedy, for one sample, and rollout.temperature for several.
-    temperature: NonNegativeFloat | None = None
-    top_k: NonNegativeInt = 0
-    top_p: Fraction = 1.0
+    samples: PositiveInt = Field(default=1, description="Completions of a problem.")
+    temperature: NonNegativeFloat | None = Field(
+        default=None,
+        description="Null: 0 (greedy) for one sample, and rollout.temperature for several.",
+    )
+    top_k: NonNegativeInt = Field(
+        default=0, description="Sample from so many most likely tokens; 0: off."
+    )
+    top_p: Fraction = Field(
+        default=1.0,
+        description=(
+            "Sample from the most likely tokens that have this probability together; 1: off."
+        ),
+    )
 
 
 class PhaseMinutes(Section):
@@ -324,43 +590,101 @@ class PhaseMinutes(Section):
     Each time that it is entered: a rollout of one round of prompts, one step of the warm start.
     """
 
-    setup: PositiveFloat | None = 60.0  # tokenizer, data, model, weights
-    warm_start: PositiveFloat | None = 60.0
-    rollout: PositiveFloat | None = 120.0
-    score: PositiveFloat | None = 60.0
-    reference: PositiveFloat | None = 60.0
-    train: PositiveFloat | None = 120.0
-    kl: PositiveFloat | None = 60.0  # also to the lagged policy
-    validation: PositiveFloat | None = 120.0
-    save: PositiveFloat | None = 60.0
+    setup: PositiveFloat | None = Field(
+        default=60.0, description="Tokenizer, data, model, weights."
+    )
+    warm_start: PositiveFloat | None = Field(default=60.0, description="One supervised step.")
+    rollout: PositiveFloat | None = Field(
+        default=120.0, description="Sampling of one round of prompts."
+    )
+    score: PositiveFloat | None = Field(
+        default=60.0, description="Rewards of one round of prompts."
+    )
+    reference: PositiveFloat | None = Field(
+        default=60.0, description="Log-probabilities of other policies."
+    )
+    train: PositiveFloat | None = Field(
+        default=120.0, description="Passes and optimizer steps of an RL step."
+    )
+    kl: PositiveFloat | None = Field(
+        default=60.0, description="Divergences of a step, also to the lagged policy."
+    )
+    validation: PositiveFloat | None = Field(default=120.0, description="One validation.")
+    save: PositiveFloat | None = Field(default=60.0, description="One checkpoint.")
 
 
 class TrainerConfig(ProcessConfig):
-    steps: NonNegativeInt = 50  # 0: only the warm start
-    # Minutes since the start after which the run has saved and stopped; exit code 75. Null: none.
-    max_minutes: PositiveFloat | None = None
-    phase_minutes: PhaseMinutes = PhaseMinutes()
-    eval_every: NonNegativeInt = 20  # accuracy on the validation split; 0: only before and after
-    # KL to earlier policies, a forward pass each. To the one that RL started from; 0: only at the
-    # end.
-    kl_every: NonNegativeInt = 1
-    kl_step_every: NonNegativeInt = 0  # from before a step to after it; 0: never
-    # To the mean of the weights of the last lag_steps steps, a copy in host memory; 0: never.
-    kl_lagged_every: NonNegativeInt = 0
-    lag_steps: PositiveInt = 40
-    # Steps between checkpoints; 0: only before RL and after the last step.
-    save_every: NonNegativeInt = 0
-    save_in_background: bool = True  # train on while a checkpoint is written; false: wait for it
-    keep_last: PositiveInt | None = None  # complete checkpoints that stay; null: all
-    # Those with the highest validation accuracy, which also stay; 1 or more: save each new best.
-    keep_best: NonNegativeInt = 0
-    # Stop after so many steps in a row whose gradients were not finite, with a checkpoint from
-    # before the first of them.
-    max_skipped_steps: PositiveInt = 5
-    log_samples: NonNegativeInt = 4  # rollouts written to samples.jsonl each step
-    # Write where the time goes to logs/: seconds by phase (profile.txt), and a torch profiler trace
-    # of the second RL step, or of the only one. Changes no result.
-    profile: bool = False
+    steps: NonNegativeInt = Field(default=50, description="RL steps; 0: only the warm start.")
+    max_minutes: PositiveFloat | None = Field(
+        default=None,
+        description=(
+            "Minutes since the start after which the run has saved and stopped; exit code 75. "
+            "Null: none."
+        ),
+    )
+    phase_minutes: PhaseMinutes = Field(
+        default=PhaseMinutes(), description="How long a phase may take."
+    )
+    eval_every: NonNegativeInt = Field(
+        default=20,
+        description="Steps between accuracies on the validation split; 0: only before and after.",
+    )
+    kl_every: NonNegativeInt = Field(
+        default=1,
+        description=(
+            "Steps between measurements of the KL to the policy that RL started from, a "
+            "forward pass each; 0: only at the end."
+        ),
+    )
+    kl_step_every: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Steps between measurements of the KL from before a step to after it, a forward "
+            "pass each; 0: never."
+        ),
+    )
+    kl_lagged_every: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Steps between measurements of the KL to the mean of the weights of the last "
+            "lag_steps steps, a forward pass each and a copy in host memory; 0: never."
+        ),
+    )
+    lag_steps: PositiveInt = Field(default=40, description="Steps that this mean is over.")
+    save_every: NonNegativeInt = Field(
+        default=0,
+        description="Steps between checkpoints; 0: only before RL and after the last step.",
+    )
+    save_in_background: bool = Field(
+        default=True, description="Train on while a checkpoint is written; false: wait for it."
+    )
+    keep_last: PositiveInt | None = Field(
+        default=None, description="Complete checkpoints that stay; null: all."
+    )
+    keep_best: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Checkpoints with the highest validation accuracy, which also stay; 1 or more: "
+            "save each new best."
+        ),
+    )
+    max_skipped_steps: PositiveInt = Field(
+        default=5,
+        description=(
+            "Stop after so many steps in a row whose gradients were not finite, with a "
+            "checkpoint from before the first of them."
+        ),
+    )
+    log_samples: NonNegativeInt = Field(
+        default=4, description="Rollouts written to samples.jsonl each step."
+    )
+    profile: bool = Field(
+        default=False,
+        description=(
+            "Write where the time goes to logs/: seconds by phase (profile.txt), and a torch "
+            "profiler trace of the second RL step, or of the only one. Changes no result."
+        ),
+    )
 
 
 # What the configuration names need not be there for it to be valid: a run can be planned before its
@@ -370,26 +694,62 @@ class TrainerConfig(ProcessConfig):
 class RunSections(Section):
     """Every key of a run, each section checked by itself; `run.RunConfig` checks them together."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    root: UserPath = Path("runs")
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    algorithm: Algorithm = "proma"
-    model: ModelConfig = ModelConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    prompt: PromptConfig = PromptConfig()
-    data: DataConfig = DataConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
-    advantage: AdvantageConfig = AdvantageConfig()
-    loss: LossConfig = LossConfig()
-    projection: ProjectionConfig = ProjectionConfig()
-    batching: BatchingConfig = BatchingConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    warm_start: WarmStartConfig = WarmStartConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    trainer: TrainerConfig = TrainerConfig()
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="Of the run: its directory is root/name."
+    )
+    root: UserPath = Field(default=Path("runs"), description="Directory of run directories.")
+    seed: int = Field(
+        default=0,
+        description="Seed of random weights, the order of prompts, sampling and the warm start.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where ranks compute; auto: on GPUs where each rank of a node can have one.",
+    )
+    algorithm: Algorithm = Field(
+        default="proma", description="What the run is made of, see the guide's page on algorithms."
+    )
+    model: ModelConfig = Field(
+        default=ModelConfig(), description="Shape, weights, and how they are computed."
+    )
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="Layout: how the policy is cut over ranks."
+    )
+    tokenizer: TokenizerConfig = Field(
+        default=TokenizerConfig(), description="What turns text into tokens."
+    )
+    prompt: PromptConfig = Field(
+        default=PromptConfig(), description="How a question becomes a prompt."
+    )
+    data: DataConfig = Field(
+        default=DataConfig(), description="Problems to train and to validate on."
+    )
+    rollout: RolloutConfig = Field(
+        default=RolloutConfig(), description="How completions are sampled in training."
+    )
+    reward: RewardConfig = Field(default=RewardConfig(), description="How a completion is scored.")
+    advantage: AdvantageConfig = Field(
+        default=AdvantageConfig(), description="How rewards become advantages."
+    )
+    loss: LossConfig = Field(default=LossConfig(), description="The policy loss.")
+    projection: ProjectionConfig = Field(
+        default=ProjectionConfig(), description="What happens to gradients while they accumulate."
+    )
+    batching: BatchingConfig = Field(
+        default=BatchingConfig(), description="How sequences become minibatches and microbatches."
+    )
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(), description="Megatron's Adam, and its learning rate in RL."
+    )
+    warm_start: WarmStartConfig = Field(
+        default=WarmStartConfig(), description="Supervised steps before RL."
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="Sampling of `proma eval` and of validation."
+    )
+    trainer: TrainerConfig = Field(
+        default=TrainerConfig(), description="Steps, measurements, checkpoints, limits."
+    )
 
     @property
     def run_dir(self) -> Path:
