@@ -142,7 +142,9 @@ def doctor(
 @app.command()
 def grads(
     hf: Annotated[Path, typer.Option(help="Hugging Face directory of a dense Qwen model.")],
-    batch: Annotated[Path, typer.Option(help="JSONL, one sequence a line; see the README.")],
+    batch: Annotated[
+        Path, typer.Option(help="JSONL, one sequence a line; see docs/reference/files.md.")
+    ],
     out: Annotated[Path, typer.Option(help="safetensors file to write.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes such as parallel.tensor=2.")
