@@ -1,8 +1,7 @@
-"""The `proma` command."""
+"""The `proma` command: the list of commands, each of which imports its own when it is called."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -11,8 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from proma_megatron.config.loading import gradients_config, load_config
-from proma_megatron.errors import ConfigError
+from proma_megatron.config.constants import EXIT_STOPPED
+from proma_megatron.errors import ConfigError, RunError, RunStopped, WorkerError
 from proma_megatron.launching.cli import app as launch
 
 app = typer.Typer(
@@ -61,6 +60,8 @@ def train(
     if resume_or_start and (resume or overwrite):
         other = "--resume" if resume else "--overwrite"
         raise ConfigError(f"--resume-or-start can't be combined with {other}; choose one")
+    from proma_megatron.config.loading import load_config
+
     checked = load_config(config, overrides or [])
     if resume_or_start:
         from proma_megatron.runs.directory import resumes
@@ -88,24 +89,16 @@ def plan(
 ) -> None:
     """Say what a run needs before it is started: memory, microbatches, traffic. Exits with 1 if
     it does not fit."""
-    from rich.console import Console
+    from proma_megatron.commands.plan import plan as run
 
-    from proma_megatron.data.loading import vocabulary
-    from proma_megatron.planning.plan import make_plan
-    from proma_megatron.planning.printing import print_plan
-
-    checked = load_config(config, overrides or [])
-    found = make_plan(
-        checked,
-        vocabulary(checked),
-        gpu_memory=int(gpu_memory * 2**30),
+    fits = run(
+        config,
+        overrides or [],
+        gpu_memory=gpu_memory,
         gpus_per_node=gpus_per_node,
+        as_json=as_json,
     )
-    if as_json:
-        print(json.dumps(found.as_dict()))
-    else:
-        print_plan(found, Console())
-    if not found.fits:
+    if not fits:
         sys.exit(1)
 
 
@@ -124,18 +117,9 @@ def doctor(
 ) -> None:
     """Try what this machine has (GPUs, NCCL, torch, Megatron-Core, Transformer Engine, Apex,
     NeMo-Run), say what a run would use and what is wrong. Exits with 1 if something is."""
-    from rich.console import Console
+    from proma_megatron.commands.doctor.command import doctor as run
 
-    from proma_megatron.commands.doctor.command import diagnose, show
-
-    checked = None if config is None else load_config(config, overrides or [])
-    with Console(stderr=True).status("trying every part, each in a process of its own"):
-        found = diagnose(checked, gpus_per_node)
-    if as_json:
-        print(json.dumps(found.as_dict()))
-    else:
-        show(found, Console(), checked.name if checked else "")
-    if found.wrong:
+    if not run(config, overrides or [], gpus_per_node, as_json=as_json):
         sys.exit(1)
 
 
@@ -151,8 +135,12 @@ def grads(
     ] = None,
 ) -> None:
     """Write the projected gradient of every parameter, unsharded. No optimizer step is made."""
+    from proma_megatron.config.loading import gradients_config
+
     config = gradients_config(overrides or [])
-    from proma_megatron.commands.gradients.command import grads as run
+    from proma_megatron.commands.gradients.command import (
+        grads as run,  # imports torch: a second
+    )
 
     run(hf, batch, out, config)
 
@@ -243,13 +231,9 @@ def report(
     ] = None,
 ) -> None:
     """Draw accuracy, KL, entropy, reward and removed energy of finished or running runs."""
-    from proma_megatron.commands.report import draw_report, summarize
+    from proma_megatron.commands.report import report as run
 
-    files = draw_report(runs, out or runs[0] / "report.png", _typed())
-    for run in runs:
-        figures = ", ".join(f"{key} {value:.3f}" for key, value in summarize(run).items())
-        print(f"{run}: {figures}")
-    print(f"wrote {', '.join(str(path) for path in files)}")
+    run(runs, out, _typed())
 
 
 @app.command()
@@ -270,12 +254,10 @@ def compare(
     """Train by several algorithms and seeds, from one policy on the same prompts, and draw them
     together. Started again, it continues."""
     from proma_megatron.commands.compare.command import compare as run
-    from proma_megatron.commands.compare.runs import plan_runs
-    from proma_megatron.config.loading import apply_overrides, read_tree
+    from proma_megatron.commands.compare.runs import read_comparison
 
-    tree = apply_overrides(read_tree(config), overrides or [])
-    names = [name.strip() for name in algorithms.split(",") if name.strip()]
-    run(plan_runs(tree, names, seeds, steps), overwrite=overwrite, command=_typed())
+    comparison = read_comparison(config, overrides or [], algorithms, seeds, steps)
+    run(comparison, overwrite=overwrite, command=_typed())
 
 
 def _typed() -> str:
@@ -292,15 +274,10 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        from proma_megatron.config.constants import EXIT_STOPPED
-        from proma_megatron.errors import RunStopped, WorkerError
-
         if isinstance(error, RunStopped):
             if os.environ.get("RANK", "0") == "0":
                 print(error, file=sys.stderr)
             sys.exit(EXIT_STOPPED)
-        from proma_megatron.errors import RunError
-
         if not isinstance(error, WorkerError | RunError):
             raise
         print(f"error: {error}", file=sys.stderr)

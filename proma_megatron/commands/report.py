@@ -15,6 +15,23 @@ from proma_megatron.observability.metrics import read_metrics
 from proma_megatron.runs.directory import RunDir
 
 
+def report(runs: Sequence[Path], out: Path | None, command: str) -> None:
+    """Draw the runs, and print each in five numbers and which files were written.
+
+    Args:
+        out: the PNG; None: ``report.png`` in the first run's directory.
+        command: what was typed, for the page.
+
+    Raises:
+        ConfigError: as `draw_report`.
+    """
+    files = draw_report(runs, out or runs[0] / "report.png", command)
+    for run in runs:
+        figures = ", ".join(f"{key} {value:.3f}" for key, value in summarize(run).items())
+        print(f"{run}: {figures}")
+    print(f"wrote {', '.join(str(path) for path in files)}")
+
+
 def draw_report(
     runs: Sequence[Path], out: Path, command: str | None = None
 ) -> tuple[Path, Path, Path]:

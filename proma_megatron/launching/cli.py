@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proma_megatron.config.run import RunConfig
 from proma_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
+    from proma_megatron.config.run import RunConfig
     from proma_megatron.launching.cluster import Cluster
     from proma_megatron.launching.connection import Connection
     from proma_megatron.launching.experiments import Script

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from proma_megatron.config.choices import RULES
-from proma_megatron.config.loading import validate_config
+from proma_megatron.config.loading import apply_overrides, read_tree, validate_config
 from proma_megatron.config.pretrained import SHAPE
 from proma_megatron.config.run import RunConfig
 from proma_megatron.config.sections import Algorithm
@@ -58,6 +58,22 @@ class Comparison:
             for path in self.folder.iterdir()
             if names.fullmatch(path.name) and RunDir(path).holds_run
         )
+
+
+def read_comparison(
+    path: Path, overrides: Sequence[str], algorithms: str, seeds: int, steps: int | None
+) -> Comparison:
+    """Plan the runs of a configuration file.
+
+    Args:
+        algorithms: names with commas between them.
+
+    Raises:
+        ConfigError: the file can't be read, and as `plan_runs`.
+    """
+    tree = apply_overrides(read_tree(path), overrides)
+    names = [name.strip() for name in algorithms.split(",") if name.strip()]
+    return plan_runs(tree, names, seeds, steps)
 
 
 def plan_runs(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -13,6 +15,7 @@ from rich.text import Text
 
 from proma_megatron.commands.doctor.findings import Finding, look
 from proma_megatron.commands.doctor.probes import PROBES
+from proma_megatron.config.loading import load_config
 from proma_megatron.config.run import RunConfig, check_data_files, check_model_files
 from proma_megatron.distributed import libraries
 from proma_megatron.errors import ConfigError
@@ -37,6 +40,31 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def doctor(
+    path: Path | None, overrides: Sequence[str], gpus_per_node: int | None, *, as_json: bool
+) -> bool:
+    """Try the machine's parts and print what was found, as a table or as a line of JSON.
+
+    Args:
+        path: YAML file of a run; None: any run in bfloat16.
+        gpus_per_node: as of `diagnose`.
+
+    Returns:
+        Whether nothing is wrong.
+
+    Raises:
+        ConfigError: the file doesn't configure a run.
+    """
+    config = None if path is None else load_config(path, overrides)
+    with Console(stderr=True).status("trying every part, each in a process of its own"):
+        found = diagnose(config, gpus_per_node)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, Console(), config.name if config else "")
+    return not found.wrong
 
 
 def diagnose(config: RunConfig | None, gpus_per_node: int | None = None) -> Diagnosis:
