@@ -1,6 +1,6 @@
-"""How far projected gradients of layouts lie apart, by dtype: the figures of docs/exactness.md.
+"""How far projected gradients of layouts lie apart, by dtype: docs/evidence/exactness.md.
 
-    uv run python benchmarks/exactness.py --json OUT.json --png docs/exactness.png
+    uv run python benchmarks/exactness.py --json OUT.json --png docs/evidence/exactness.png
 
 A random Qwen3 (made with transformers) goes through `proma grads` in every layout and dtype, with
 the projection and without. Two errors are taken of each tensor: against one process in the same

@@ -1,4 +1,4 @@
-"""A step on one GPU, with PROMA and without: tokens/s, MFU and peak memory; docs/gpu.md.
+"""A step on one GPU, with PROMA and without: tokens/s, MFU and peak memory; docs/guide/gpu.md.
 
     uv run python benchmarks/gpu_step.py --json OUT.json --fp8 none current --markdown
 

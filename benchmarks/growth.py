@@ -1,6 +1,6 @@
 """How the cost grows with the work: time against tokens, sequences, parameters and microbatches.
 
-    uv run python benchmarks/growth.py --json OUT.json --png docs/growth.png
+    uv run python benchmarks/growth.py --json OUT.json --png docs/evidence/growth.png
 
 One quantity grows in each series, in one process. To the times of plain accumulation, of ours and
 of what ours takes more goes a line ``a + b x`` by least squares, and a power of x by a line through

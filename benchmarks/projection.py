@@ -1,6 +1,6 @@
-"""What the projection costs beside plain accumulation, and beside hooks: figures of docs/cost.md.
+"""What the projection costs beside plain accumulation, and beside hooks: docs/evidence/cost.md.
 
-    uv run python benchmarks/projection.py --json OUT.json --png docs/cost.png
+    uv run python benchmarks/projection.py --json OUT.json --png docs/evidence/cost.png
 
 Three ways to accumulate the gradients of one step run in turn, on one Megatron model, batch and
 layout: (plain) Megatron's own accumulation, (proma) ours as it is configured by default, (hooks)

@@ -1,4 +1,4 @@
-"""The cost model of docs/cost.md: what a projected microbatch takes beside plain accumulation.
+"""The cost model of docs/evidence/cost.md: a projected microbatch beside plain accumulation.
 
     uv run python -m benchmarks.cost.model OUT.json     # beside what was measured
     uv run python -m benchmarks.cost.model --gpus       # computed for models and GPUs

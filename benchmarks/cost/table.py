@@ -1,4 +1,4 @@
-"""The table of docs/cost.md, from a file of results.
+"""The table of docs/evidence/cost.md, from a file of results.
 
 uv run python -m benchmarks.cost.table OUT.json
 """

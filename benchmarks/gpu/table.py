@@ -1,4 +1,4 @@
-"""The table of docs/gpu.md, from a file of results."""
+"""The table of docs/guide/gpu.md, from a file of results."""
 
 from __future__ import annotations
 

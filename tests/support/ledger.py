@@ -1,7 +1,7 @@
-"""What was drilled, how each run ended and what was lost: the table of docs/reliability.md.
+"""What was drilled, how each run ended and what was lost: the table of docs/guide/reliability.md.
 
-With PROMA_RELIABILITY=docs/reliability.md in the environment, the table between the two marks of
-that file is replaced at the end of the session.
+With PROMA_RELIABILITY=docs/guide/reliability.md in the environment, the table between the two marks
+of that file is replaced at the end of the session.
 """
 
 from __future__ import annotations

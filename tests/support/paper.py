@@ -1,7 +1,7 @@
 """The rules as written down, on vectors and matrices of the parameters' full dimension.
 
 Sources: PROMA (arXiv:2601.10498), figures 1 and 3 and section 3, ridge from its published code;
-ISOPO (arXiv:2512.23353) and its published code; Intra-PROMA as docs/methods.md has it.
+ISOPO (arXiv:2512.23353) and its published code; Intra-PROMA as docs/guide/algorithms.md has it.
 """
 
 from __future__ import annotations

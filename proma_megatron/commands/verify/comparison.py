@@ -11,7 +11,7 @@ from safetensors import safe_open
 from proma_megatron.projection.units import kind_of
 
 # Largest relative error of a tensor. In bfloat16 the forward pass of two layouts already differs in
-# its third digit; docs/exactness.md has the figures.
+# its third digit; docs/evidence/exactness.md has the figures.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.25}
 
 

@@ -4,7 +4,8 @@ Kept (materialized), G serves the products and the update, and goes to memory an
 Streamed, blocks of it are formed, contracted and dropped, and the update is one more
 weight-gradient GEMM. So what decides is how long k numbers an entry take to memory and back, and
 how long 2 T operations an entry take: sequences longer than so many tokens are kept, whatever the
-shape of the weight. The two rates are measured when a run starts. docs/cost.md has the model.
+shape of the weight. The two rates are measured when a run starts. The model is in
+docs/evidence/cost.md.
 """
 
 from __future__ import annotations

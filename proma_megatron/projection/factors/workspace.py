@@ -2,9 +2,9 @@
 
 Sequence gradients of a layer are the largest tensors of a projected backward pass, and die when the
 layer is solved. Fresh pages for each cost more on a CPU than what is done with them: 26 ms for
-100 MiB, of which 4 are for writing (docs/cost.md). So groups take turns in one piece of memory,
-which grows to what the fullest group took. On a GPU it is given back when the step ends, to whom
-torch's allocator likes; on a CPU it stays.
+100 MiB, of which 4 are for writing (docs/evidence/cost.md). So groups take turns in one piece of
+memory, which grows to what the fullest group took. On a GPU it is given back when the step ends, to
+whom torch's allocator likes; on a CPU it stays.
 """
 
 from __future__ import annotations

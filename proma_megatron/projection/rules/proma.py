@@ -206,7 +206,7 @@ def _sums_are_finite(gram: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
 
 
 def masked(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """``values`` (..., *rest) where ``kept`` (...,), else 0: eigh, svd and solve refuse NaN."""
+    """``values`` (..., *rest) where ``kept`` (...,), else 0: eigh and solve refuse NaN."""
     return torch.where(kept.reshape(*kept.shape, *[1] * (values.dim() - kept.dim())), values, 0.0)
 
 
