@@ -40,6 +40,7 @@ def _files(folder: str) -> set[Path]:
     return {path.relative_to(CHECKOUT / folder) for path in paths if path.is_file()}
 
 
+@pytest.mark.ranks
 def test_it_has_two_top_level_names(names: set[str]) -> None:
     info = f"proma_megatron-{__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"proma_megatron", info}
@@ -49,12 +50,14 @@ def test_it_has_two_top_level_names(names: set[str]) -> None:
 @pytest.mark.parametrize(
     ("folder", "copy"), [("configs", "configs"), ("launch/clusters", "clusters")]
 )
+@pytest.mark.ranks
 def test_it_has_the_shipped_files(names: set[str], folder: str, copy: str) -> None:
     found = {name for name in names if name.startswith(f"{SHIPPED}/{copy}/")}
     assert found == {f"{SHIPPED}/{copy}/{path.as_posix()}" for path in _files(folder)}
     assert found
 
 
+@pytest.mark.ranks
 def test_it_has_every_file_of_the_package(names: set[str]) -> None:
     """Not only the modules: a page's style sheet, published shapes, the marker of typed code."""
     expected = {
@@ -68,6 +71,7 @@ def test_it_has_every_file_of_the_package(names: set[str]) -> None:
     assert "proma_megatron/py.typed" in expected
 
 
+@pytest.mark.ranks
 def test_a_plan_by_name_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     """Unpacked ahead of the checkout on the path, and started from another folder."""
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"

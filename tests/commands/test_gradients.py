@@ -51,6 +51,7 @@ def run_main(arguments: Sequence[str]) -> None:
     main()
 
 
+@pytest.mark.ranks
 def test_a_sharded_run_writes_the_papers_gradients(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "g.safetensors"
     overrides = ["model.dtype=float64", "parallel.tensor=2", "parallel.sequence=true"]
@@ -109,6 +110,7 @@ def test_a_gradient_that_is_not_finite_is_written_and_said(
         assert found["total"]["removed_energy"] is None
 
 
+@pytest.mark.ranks
 def test_under_torchrun_it_takes_the_processes_that_are_there(
     folders: Path, tmp_path: Path
 ) -> None:

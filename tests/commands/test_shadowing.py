@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ranks
+
 CHECKOUT = Path(__file__).parents[2]
 PROMA = str(Path(sys.executable).parent / "proma")
 # Names that were top-level modules of the project, or that a user is likely to have.

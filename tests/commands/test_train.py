@@ -58,6 +58,7 @@ def rows(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.ranks
 def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
     workers: WorkerPool, tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_tensor_parallel_run_leaves_a_complete_run_directory(
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.ranks
 def test_torchrun_starts_the_same_run(tmp_path: Path, config: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
     arguments = tiny(parallel__pipeline=2, algorithm="grpo", batching__minibatches=2)
@@ -112,6 +114,7 @@ def test_torchrun_starts_the_same_run(tmp_path: Path, config: Path) -> None:
     assert [row["step"] for row in found if row["phase"] == "rl"] == [0, 1, 2]
 
 
+@pytest.mark.ranks
 def test_a_failing_reward_names_the_sample_and_loses_nothing(tmp_path: Path, config: Path) -> None:
     (tmp_path / "my_reward.py").write_text(
         "calls = []\n"
@@ -133,6 +136,7 @@ def test_a_failing_reward_names_the_sample_and_loses_nothing(tmp_path: Path, con
     assert len(rescued) == 8
 
 
+@pytest.mark.ranks
 def test_a_killed_rank_is_named_rather_than_the_ranks_that_miss_it(
     tmp_path: Path, config: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_the_quickstart_passes_on_two_replicas(
     assert largest < 1e-4
 
 
+@pytest.mark.ranks
 def test_a_sum_that_is_missing_between_shards_fails(qwen2: Path, tmp_path: Path) -> None:
     (tmp_path / "missing_sum.py").write_text(FAULT)
     arguments = ("verify", str(qwen2), "parallel.tensor=2")

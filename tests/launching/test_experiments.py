@@ -395,6 +395,7 @@ def here(programs: Programs, monkeypatch: pytest.MonkeyPatch, home: Path, tempor
     return run
 
 
+@pytest.mark.ranks
 def test_a_stage_whose_parent_failed_is_not_started(
     here: Any, home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,6 +216,7 @@ def test_sizes_are_readable(count_: int, text: str) -> None:
     assert size(count_) == text
 
 
+@pytest.mark.ranks
 def test_planning_imports_no_megatron() -> None:
     code = "import sys, proma_megatron.planning.printing; print('megatron' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

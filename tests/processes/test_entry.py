@@ -66,6 +66,7 @@ def test_other_functions_are_compiled_at_once(compiled: list[str]) -> None:
     assert compiled == ["own", "homeless"]
 
 
+@pytest.mark.ranks
 def test_the_modules_of_a_run_load_no_compiler() -> None:
     """If Megatron loads one in another way than by torch.compile, starting takes seconds more."""
     program = (

@@ -276,6 +276,7 @@ sys.exit(len(seen))
 """
 
 
+@pytest.mark.ranks
 def test_a_rank_is_told_once_and_not_before_it_listens() -> None:
     """Until it has its handlers, SIGUSR1 would end it."""
     with Forwarder() as forwarder:
@@ -340,6 +341,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return start
 
 
+@pytest.mark.ranks
 def test_a_dead_rank_is_named_and_a_peer_that_does_not_react_ends_within_seconds(
     tmp_path: Path, ranks: Any
 ) -> None:
@@ -349,6 +351,7 @@ def test_a_dead_rank_is_named_and_a_peer_that_does_not_react_ends_within_seconds
     assert not Path("/proc", (tmp_path / "pid0").read_text()).exists()
 
 
+@pytest.mark.ranks
 def test_the_launcher_asks_its_ranks_and_gives_the_reason_that_it_had(
     tmp_path: Path, ranks: Any
 ) -> None:
@@ -379,6 +382,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.ranks
 def test_ranks_do_not_outlive_their_launcher() -> None:
     launcher = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, cwd=ROOT)
     assert launcher.stdout is not None

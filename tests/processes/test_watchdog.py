@@ -103,6 +103,7 @@ with Watchdog(logs, phases, rank) as watchdog:
 """
 
 
+@pytest.mark.ranks
 def test_the_late_rank_ends_itself_with_the_stacks_of_all_that_can_answer(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
@@ -142,6 +143,7 @@ def test_the_late_rank_ends_itself_with_the_stacks_of_all_that_can_answer(tmp_pa
             rank.wait()
 
 
+@pytest.mark.ranks
 def test_a_reward_that_hangs_ends_the_run_with_its_line_named(tmp_path: Path) -> None:
     (tmp_path / "sleepy.py").write_text(
         "import time\n"

@@ -20,6 +20,8 @@ from proma_megatron.errors import RewardError
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.types import Problem, Prompt, Rollout, ScoredRollout
 
+pytestmark = pytest.mark.ranks
+
 LIMIT = 100  # max_new_tokens
 Processes = Callable[[], set[int | None]]
 

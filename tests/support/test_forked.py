@@ -22,6 +22,8 @@ from proma_megatron.runs.directory import RunDir
 from support.forked import forked_start_ranks, start_ranks
 from support.pooled import TINY_RUN, rl_rows
 
+pytestmark = pytest.mark.ranks
+
 SECONDS = 60.0  # until a test takes it that a rank hangs
 
 

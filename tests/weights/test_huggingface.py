@@ -163,6 +163,7 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(models: Models, tmp_path
     assert f"{HEAD} differs from {EMBEDDING}" in message
 
 
+@pytest.mark.ranks
 def test_reading_a_model_does_not_load_megatron() -> None:
     code = (
         "import sys, proma_megatron.weights.huggingface\n"

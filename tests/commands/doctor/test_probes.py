@@ -55,6 +55,7 @@ def found(name: str) -> Finding:
     return finding
 
 
+@pytest.mark.ranks
 def test_the_other_projects_apex_is_named(install: Install, tmp_path: Path) -> None:
     install("apex", "raise ImportError('pyramid')", version="0.9.10.dev0")
     finding = found("apex")
@@ -66,6 +67,7 @@ def test_the_other_projects_apex_is_named(install: Install, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would be called on the GPU")
+@pytest.mark.ranks
 def test_nvidias_apex_is_not_taken_for_the_other(install: Install, tmp_path: Path) -> None:
     install("apex", version="0.1")
     (tmp_path / "apex" / "multi_tensor_apply").mkdir()
@@ -85,6 +87,7 @@ def test_nvidias_apex_is_not_taken_for_the_other(install: Install, tmp_path: Pat
         ),
     ],
 )
+@pytest.mark.ranks
 def test_a_part_that_breaks_takes_no_other_with_it(
     install: Install, code: str, detail: str
 ) -> None:
@@ -94,6 +97,7 @@ def test_a_part_that_breaks_takes_no_other_with_it(
     assert machine.state == "works"
 
 
+@pytest.mark.ranks
 def test_a_part_that_hangs_is_ended_with_the_processes_that_it_started(install: Install) -> None:
     # They hold its output open: who only ended the part would wait for them.
     code = "import subprocess; subprocess.run(['sleep', '100'])"
@@ -104,6 +108,7 @@ def test_a_part_that_hangs_is_ended_with_the_processes_that_it_started(install: 
     assert (finding.state, finding.detail) == ("broken", "no answer within 2 s")
 
 
+@pytest.mark.ranks
 def test_what_libraries_print_is_no_result(install: Install) -> None:
     code = "print('hello'); Script = LocalExecutor = lambda **_: print('made')"
     install("nemo_run", code, version="9.9")
@@ -112,6 +117,7 @@ def test_what_libraries_print_is_no_result(install: Install) -> None:
     )
 
 
+@pytest.mark.ranks
 def test_a_part_does_not_take_itself_for_a_rank(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
