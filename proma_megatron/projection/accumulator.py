@@ -45,7 +45,7 @@ from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.fp8_gate import ValidityGate
 from proma_megatron.projection.sizes import kept_slices
 from proma_megatron.projection.tied import TiedEnds
-from proma_megatron.projection.units import units_of
+from proma_megatron.projection.units import check_claims, units_of
 from proma_megatron.projection.updaters.intra_proma import Deflating
 from proma_megatron.projection.updaters.isopo import Preconditioning
 from proma_megatron.projection.updaters.proma import Projecting
@@ -141,7 +141,7 @@ class Accumulator:
         self.rates = agree_on_rates(
             [shard.parameter for shard in self.shards.values()], topology, self.gemm, rates
         )
-        self._check_claims()
+        check_claims(self.shards.values(), self.layers)
         # Only a linear weight has the two factors whose subspaces are meant.
         parameters = "linear" if config.rule == "subspace" else config.parameters
         self.units = {
@@ -186,17 +186,6 @@ class Accumulator:
         )
 
     # ------------------------------------------------------------------ set-up
-
-    def _check_claims(self) -> None:
-        claimed = {
-            id(parameter) for layer in self.layers for parameter in layer.parameters(recurse=False)
-        }
-        for shard in self.shards.values():
-            if shard.parameter.requires_grad and id(shard.parameter) not in claimed:
-                raise ValueError(
-                    f"no capturing layer claims the trainable parameter {shard.name}; it would be "
-                    "trained as if every advantage were 1"
-                )
 
     def _find_tied_table(self) -> ParameterShard | None:
         """The tied tensor as this rank's accumulator sees it: on the last stage if there are two.

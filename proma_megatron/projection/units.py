@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from proma_megatron.weights.shards import ParameterShard, Reduction
 
@@ -62,6 +65,21 @@ def units_of(
         )
         for tensor in shard.tensors
     )
+
+
+def check_claims(shards: Iterable[ParameterShard], layers: Iterable[torch.nn.Module]) -> None:
+    """Check that every trainable parameter belongs to a layer that hands over its gradient.
+
+    Raises:
+        ValueError: one doesn't; what Megatron accumulates of it would know no advantages.
+    """
+    claimed = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+    for shard in shards:
+        if shard.parameter.requires_grad and id(shard.parameter) not in claimed:
+            raise ValueError(
+                f"no capturing layer claims the trainable parameter {shard.name}; it would be "
+                "trained as if every advantage were 1"
+            )
 
 
 _LAYER = re.compile(r"^(?:model|decoder)\.(?:layers\.(\d+)\.)?")
