@@ -24,7 +24,7 @@ from typing import Any, Concatenate
 import torch
 
 from proma_megatron.config.sections import ProjectionConfig
-from proma_megatron.distributed.topology import Axis, Topology
+from proma_megatron.distributed.topology import Topology
 from proma_megatron.model.capture import Operands, captured_layers
 from proma_megatron.model.policy import Policy
 from proma_megatron.projection.capture import Capture
@@ -46,10 +46,7 @@ from proma_megatron.projection.fp8_gate import ValidityGate
 from proma_megatron.projection.sizes import kept_slices
 from proma_megatron.projection.tied import TiedEnds
 from proma_megatron.projection.units import check_claims, units_of
-from proma_megatron.projection.updaters.intra_proma import Deflating
-from proma_megatron.projection.updaters.isopo import Preconditioning
-from proma_megatron.projection.updaters.proma import Projecting
-from proma_megatron.projection.updaters.updater import Updater
+from proma_megatron.projection.updaters.registry import make_updater
 from proma_megatron.types import Microbatch, Sequences
 from proma_megatron.weights.shards import ParameterShard
 
@@ -72,16 +69,6 @@ class Group:
     chunk: int
     microbatch: int
     layer: int | None  # None: embedding, final norm and head
-
-
-def updater(config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> Updater[Any, Any, Any]:
-    """The rule of a configuration; ``dtype`` is the one that the model computes in."""
-    assert config.rule != "none", "rule 'none' is Megatron's own accumulation"
-    if config.rule == "subspace":
-        return Deflating(config, tensor)
-    if config.rule in ("kernel", "norm"):
-        return Preconditioning(config, tensor)
-    return Projecting(config, tensor, dtype)
 
 
 def _watched[**P, R](
@@ -150,7 +137,7 @@ class Accumulator:
         self.tied_table = self._find_tied_table() if tied else None
         self.ends = TiedEnds(topology) if tied and topology.tied_ends is not None else None
         dtype = next(iter(self.shards.values())).parameter.dtype
-        self.solver = updater(config, topology.tensor, dtype)
+        self.solver = make_updater(config, topology.tensor, dtype)
         self._current: Current | None = None
         self._group_bytes = self._bytes_by_layer()
         self._group: Group | None = None

@@ -53,9 +53,13 @@ class _Linear:
 
 
 class Deflating:
-    """Adds microbatches without what dominates their activations and output gradients."""
+    """Adds microbatches without what dominates their activations and output gradients.
 
-    def __init__(self, config: ProjectionConfig, tensor: Axis) -> None:
+    Args:
+        dtype: the compute dtype, as for the other updaters; of no matter for this rule.
+    """
+
+    def __init__(self, config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> None:
         assert config.rule == "subspace"
         self.rank = config.rank
         self.sides: Sides = config.sides

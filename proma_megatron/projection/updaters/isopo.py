@@ -33,9 +33,13 @@ from proma_megatron.weights.shards import Reduction
 
 
 class Preconditioning:
-    """Adds microbatches with advantages that each unit's K has transformed."""
+    """Adds microbatches with advantages that each unit's K has transformed.
 
-    def __init__(self, config: ProjectionConfig, tensor: Axis) -> None:
+    Args:
+        dtype: the compute dtype, as for the other updaters; of no matter for this rule.
+    """
+
+    def __init__(self, config: ProjectionConfig, tensor: Axis, dtype: torch.dtype) -> None:
         assert config.rule in ("kernel", "norm")
         self.kind: Kind = config.rule
         self.regularization = config.regularization
