@@ -44,7 +44,7 @@ from proma_megatron.projection.factors.vector import VectorFactors
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.fp8_gate import ValidityGate
 from proma_megatron.projection.sizes import kept_slices
-from proma_megatron.projection.tied import TiedEnds
+from proma_megatron.projection.tied import TiedTable
 from proma_megatron.projection.units import check_claims, units_of
 from proma_megatron.projection.updaters.registry import make_updater
 from proma_megatron.types import Microbatch, Sequences
@@ -134,8 +134,8 @@ class Accumulator:
         self.units = {
             key: units_of(shard, config.unit, parameters) for key, shard in self.shards.items()
         }
-        self.tied_table = self._find_tied_table() if tied else None
-        self.ends = TiedEnds(topology) if tied and topology.tied_ends is not None else None
+        self.tied = TiedTable(topology, self.shards.values()) if tied else None
+        self._ends = self.tied.ends if self.tied is not None else None
         dtype = next(iter(self.shards.values())).parameter.dtype
         self.solver = make_updater(config, topology.tensor, dtype)
         self._current: Current | None = None
@@ -150,7 +150,6 @@ class Accumulator:
         self._held = 0  # bytes that the pending hold besides the workspace
         self._late: list[Any] = []  # units that wait for the end of the backward pass
         self._late_bytes = 0
-        self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seen: dict[int, int] = {}
         self._begun: set[int] = set()  # parameters that something has been added to
 
@@ -174,23 +173,11 @@ class Accumulator:
 
     # ------------------------------------------------------------------ set-up
 
-    def _find_tied_table(self) -> ParameterShard | None:
-        """The tied tensor as this rank's accumulator sees it: on the last stage if there are two.
-
-        The copy of the first stage stays at 0; Megatron's sum over both ends gives it the result.
-        """
-        wanted = (
-            "embedding.word_embeddings.weight"
-            if self.topology.pipeline.size == 1
-            else "output_layer.weight"
-        )
-        return next((s for s in self.shards.values() if s.name == wanted), None)
-
     def _bytes_by_layer(self) -> dict[int | None, int]:
         """What one sequence's gradients of a group take, of which the head's come before others."""
         found: dict[int | None, int] = {}
         for shard in self.shards.values():
-            if shard.layer is not None or shard is self.tied_table:
+            if shard.layer is not None or self._is_tied(shard):
                 size = shard.parameter.numel() * self._dtype(shard.parameter).itemsize
                 found[shard.layer] = found.get(shard.layer, 0) + size
         return found
@@ -206,7 +193,7 @@ class Accumulator:
             if shard.layer is not None and shard.parameter.requires_grad
         )
         names = {shard.name for shard in self.shards.values()}
-        embeds = self.ends is None and "embedding.word_embeddings.weight" in names
+        embeds = self._ends is None and "embedding.word_embeddings.weight" in names
         if embeds and wanted and self.topology.tensor.size > 1:
             del wanted[min(wanted)]
         return wanted
@@ -253,12 +240,12 @@ class Accumulator:
         self._seen = dict.fromkeys(self.shards, 0)
         self._begun.clear()
         # What a backward pass left that was broken off belongs to no step.
-        self._pending, self._held, self._group, self._tied_head = [], 0, None, None
+        self._pending, self._held, self._group = [], 0, None
         self._started = None
         self._late, self._late_bytes = [], 0
         self.workspace.free()
-        if self.ends is not None:
-            self.ends.forget()
+        if self.tied is not None:
+            self.tied.forget()
 
     def begin_backward(self, chunk: int, microbatch: Microbatch) -> None:
         """The backward pass of ``microbatch`` starts on this model chunk, within autograd."""
@@ -284,13 +271,13 @@ class Accumulator:
             RuntimeError: a parameter did not see every microbatch; its gradient would be wrong.
         """
         assert not self._waits(), "the end of each backward pass finishes its captures"
-        if self.ends is not None and self.topology.is_last_stage:
+        if self._ends is not None and self.topology.is_last_stage:
             self._drain_tied(microbatches)
         self.workspace.release()
-        if self.ends is not None:
-            self.ends.wait()
+        if self._ends is not None:
+            self._ends.wait()
         for key, shard in self.shards.items():
-            if self.ends is not None and self.topology.is_first_stage and shard.layer is None:
+            if self._ends is not None and self.topology.is_first_stage and shard.layer is None:
                 continue  # the tied table's first copy: its gradient is made on the last stage
             if self._seen[key] != microbatches:
                 raise RuntimeError(
@@ -305,8 +292,8 @@ class Accumulator:
         self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, dy: torch.Tensor
     ) -> None:
         shard, current = self.shards[id(weight)], self._now()
-        if self.tied_table is shard:
-            self._capture_tied_head(current, x, dy)
+        if self._is_tied(shard):
+            self._hold_tied_head(current.microbatch, x, dy)
             return
         self._enter(shard)
         factors = self._dense(shard, current.microbatch.sequences, x, dy)
@@ -333,16 +320,16 @@ class Accumulator:
     @_watched
     def embedding(self, weight: torch.Tensor, rows: torch.Tensor, dy: torch.Tensor) -> None:
         shard, current = self.shards[id(weight)], self._now()
-        if self.ends is not None:
-            self.ends.send(dy)
+        if self._ends is not None:
+            self._ends.send(dy)
             return
         self._enter(shard)
         lookup = Lookup(rows, dy.to(self._dtype(weight)))
-        if self.tied_table is shard:
-            assert self._tied_head is not None, "the head's backward comes before the embedding's"
-            x, head_dy = self._tied_head
-            self._tied_head = None
-            factors: Factors = self._dense(shard, current.microbatch.sequences, x, head_dy, lookup)
+        if self.tied is not None and self.tied.shard is shard:
+            head = self.tied.pop()
+            factors: Factors = self._dense(
+                shard, current.microbatch.sequences, head.x, head.dy, lookup
+            )
         else:
             factors = LookupFactors(lookup, current.microbatch.sequences, self.workspace)
         self._capture(shard, factors, current.microbatch)
@@ -470,31 +457,25 @@ class Accumulator:
 
     # ------------------------------------------------------------------ tied embedding and head
 
-    def _capture_tied_head(self, current: Current, x: torch.Tensor, dy: torch.Tensor) -> None:
-        """The head's part of the tied tensor waits for the embedding's: cross terms count."""
-        if self.ends is None:
-            self._tied_head = (x, dy)
-            return
-        self._drain_tied(current.microbatch.index - self.ends.lag)
-        self.ends.hold(current.microbatch, x, dy)
+    def _is_tied(self, shard: ParameterShard) -> bool:
+        return self.tied is not None and self.tied.shard is shard
+
+    def _hold_tied_head(self, microbatch: Microbatch, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """The head's part of the tied tensor waits for the embedding's."""
+        assert self.tied is not None
+        if self.tied.ends is not None:
+            self._drain_tied(microbatch.index - self.tied.ends.lag)
+        self.tied.hold(microbatch, x, dy)
 
     def _drain_tied(self, stop: int) -> None:
         """Finish the tied tensor for held microbatches with an index below ``stop``."""
-        assert self.ends is not None
-        assert self.tied_table is not None
+        assert self.tied is not None
+        assert self.tied.shard is not None
         assert not self._waits(), "tied microbatches are finished between others"
-        shard = self.tied_table
-        for held in self.ends.ready(stop):
-            dtype = self._dtype(shard.parameter)
-            rows = self._local_rows(held.microbatch.tokens.flatten())
-            lookup = Lookup(rows, self.ends.receive(held, dtype))
+        shard = self.tied.shard
+        for held in self.tied.drain(stop):
+            lookup = self.tied.receive(held)
             factors = self._dense(shard, held.microbatch.sequences, held.x, held.dy, lookup)
             self._capture(shard, factors, held.microbatch)
             del factors  # the workspace may grow before the next ones come
             self._finish(held.microbatch)
-
-    def _local_rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        assert self.tied_table is not None
-        size = self.tied_table.parameter.shape[0]
-        local = tokens - self.topology.tensor.rank * size
-        return local.masked_fill((local < 0) | (local >= size), -1)
