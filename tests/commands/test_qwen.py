@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command import forked_proma, proma
+from support.command import forked_proma
 from support.pool import WorkerPool
 from support.pretrained import logprobs_of
 from support.qwen import theirs, write_qwen
@@ -158,7 +158,7 @@ def exported(trained: Path) -> Path:
     """Written by a layout that is not the run's, in several files."""
     out = trained.parent / "exported"
     layout = ("parallel.tensor=1", "parallel.sequence=false")
-    done = proma("export", str(trained), "--out", str(out), "--shard-size", "50KB", *layout)
+    done = forked_proma("export", str(trained), "--out", str(out), "--shard-size", "50KB", *layout)
     assert done.returncode == 0, done.stderr
     return out
 

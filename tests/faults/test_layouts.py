@@ -52,10 +52,20 @@ def _difference(one: float | None, other: float | None) -> float:
     return abs(one - other) / max(1.0, abs(one))
 
 
+# Pipelines and replicas change in checkpoints/test_resharding.py, too.
 CHANGES = [
     pytest.param("TP2", FLOAT64, [ONE], "TP 2 -> TP 1", id="tensor"),
-    pytest.param("PP2", FLOAT64, [ONE, LAYOUTS["PP2"][0]], "PP 2 -> PP 1 -> PP 2", id="pipeline"),
-    pytest.param("ONE", PLAIN, ["parallel.data=2"], "DP 1 -> DP 2", id="data"),
+    pytest.param(
+        "PP2",
+        FLOAT64,
+        [ONE, LAYOUTS["PP2"][0]],
+        "PP 2 -> PP 1 -> PP 2",
+        id="pipeline",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "ONE", PLAIN, ["parallel.data=2"], "DP 1 -> DP 2", id="data", marks=pytest.mark.slow
+    ),
     pytest.param(
         "DP2", PLAIN, ["batching.tokens_per_microbatch=60"], "a smaller budget", id="budget"
     ),

@@ -15,6 +15,7 @@ from support.learning import Tensors, learning
 from support.nonfinite import Case, Left, Minibatch, gradient_norm, replayed, updates
 from support.pool import WorkerPool
 from support.pooled import TINY_RUN, rl_rows, run_in_pool
+from support.slow import all_but
 
 from proma_megatron.batching.batch_file import read_batch
 from proma_megatron.batching.packing import loss_tokens
@@ -109,7 +110,7 @@ def cases() -> dict[str, Case]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", all_but(LAYOUTS, ["PP2"]))
 def test_what_is_not_finite_is_skipped_and_blamed_in_every_layout(
     workers: WorkerPool, layout: str, cases: dict[str, Case]
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from support.allocation import Decoded, rollout_peak, training_peak
 from support.pool import WorkerPool
+from support.slow import all_but
 
 from proma_megatron.config.run import RunConfig
 from proma_megatron.planning.plan import StagePlan, make_plan
@@ -92,7 +93,14 @@ def run_config(case: Case) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+# Their formulas are those of another case, with another size.
+REPEATED = [
+    *("reinforce float32", "reinforce float64", "narrow MLP", "many heads", "proma float32"),
+    *("proma one microbatch", "isopo one microbatch", "proma biases", "intra long", "TP2"),
+]
+
+
+@pytest.mark.parametrize("name", all_but(CASES, REPEATED))
 def test_the_training_peak_agrees(workers: WorkerPool, name: str) -> None:
     case = CASES[name]
     config, vocab, microbatches = run_config(case), case[3], case[6]
@@ -137,7 +145,7 @@ ROLLOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
 }
 
 
-@pytest.mark.parametrize("name", ROLLOUTS)
+@pytest.mark.parametrize("name", all_but(ROLLOUTS, ["long prompts", "TP2, top-p"]))
 def test_the_rollout_peak_agrees_and_its_cache_is_exact(workers: WorkerPool, name: str) -> None:
     model, parallel, rollout, vocab = ROLLOUTS[name]
     lengths = {"max_prompt_tokens": 24, "max_new_tokens": 8, "batch_size": 16}

@@ -6,6 +6,7 @@ import pytest
 from support.allocation import sent_in_rollout, sent_in_training
 from support.gradients import TINY, VOCAB, collectives, random_batch
 from support.pool import WorkerPool
+from support.slow import all_but
 
 from proma_megatron.config.run import RunConfig
 from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
@@ -52,7 +53,7 @@ def run_config(name: str) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", all_but(CASES, ["TP2", "TP2 SP"]))
 def test_training_sends_what_is_planned(workers: WorkerPool, name: str) -> None:
     config = run_config(name)
     plan = make_plan(config, VOCAB, gpu_memory=2**30)

@@ -158,8 +158,12 @@ def test_right_after_projecting_nothing_is_left_along_any_sequence(
 @given(seed=seeds, ks=counts)
 @pytest.mark.parametrize(
     "inactive",
-    [{"rule": "none"}, {"shrinkage": 0.0}, {"bound": 0.0}],
-    ids=["rule none", "shrinkage 0", "bound 0"],
+    [
+        pytest.param({"rule": "none"}, id="rule none"),
+        # Also in test_exactness.py, on two ranks.
+        pytest.param({"shrinkage": 0.0}, id="shrinkage 0", marks=pytest.mark.slow),
+        pytest.param({"bound": 0.0}, id="bound 0", marks=pytest.mark.slow),
+    ],
 )
 def test_what_removes_nothing_is_plain_accumulation_bit_for_bit(
     workers: WorkerPool, inactive: dict[str, Any], seed: int, ks: list[int]
