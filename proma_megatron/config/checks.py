@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from proma_megatron.config.choices import REWARDS, expected_reward
 from proma_megatron.config.combinations import combination_problems, estimator_problems
 from proma_megatron.config.fp8 import RECIPES
 from proma_megatron.config.sections import (
@@ -105,10 +106,10 @@ def precision_problems(
             "model.fp8_skip_last), which Megatron-Core refuses; set both to 0, or use "
             "model.fp8=current"
         )
-    if projects and projection.rule == "subspace" and projection.fp8_operands == "fp8":
+    if projects and projection.by_subspaces and projection.fp8_operands == "fp8":
         yield (
-            "projection.rule is 'subspace' with projection.fp8_operands=fp8, whose rounding hides "
-            "the directions that it looks for; use projection.fp8_operands=bfloat16"
+            f"projection.rule is '{projection.rule}' with projection.fp8_operands=fp8, whose "
+            "rounding hides the directions that it looks for; use projection.fp8_operands=bfloat16"
         )
 
 
@@ -201,11 +202,8 @@ def _reward_problems(reward: RewardConfig) -> Iterator[str]:
                 f"expression; mend it: {error}"
             )
     module, _, name = reward.function.partition(":")
-    if reward.function not in ("gsm8k", "math") and not (module and name):
-        yield (
-            f"reward.function is '{reward.function}', expected 'gsm8k', 'math' or "
-            "'package.module:function'"
-        )
+    if reward.function not in REWARDS and not (module and name):
+        yield f"reward.function is '{reward.function}', expected {expected_reward()}"
 
 
 def _divisors(n: int) -> list[int]:

@@ -13,7 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from proma_megatron.config.choices import CLIPPED, RULES
+from proma_megatron.config.choices import (
+    ACCUMULATIONS,
+    ESTIMATORS,
+    LOSSES,
+    RULES,
+    either,
+    rules_of,
+)
 from proma_megatron.config.sections import RunSections, loss_kind, normalizes_std
 
 
@@ -27,9 +34,8 @@ def combination_problems(config: RunSections) -> Iterator[str]:
 
 def _accumulation_problems(config: RunSections) -> Iterator[str]:
     algorithm, projection, model = config.algorithm, config.projection, config.model
-    rules = RULES.get(algorithm)
-    owner = next((name for name, own in RULES.items() if projection.rule in own), None)
-    if rules is None:
+    rules, owner = rules_of(algorithm), RULES[projection.rule].algorithm
+    if not rules:
         # PROMA's rules stay in files whose runs differ in the algorithm alone.
         if owner != "proma":
             yield (
@@ -40,45 +46,38 @@ def _accumulation_problems(config: RunSections) -> Iterator[str]:
     if projection.rule not in rules:
         yield (
             f"projection.rule is {projection.rule} with algorithm={algorithm}, which "
-            f"{_DOES[algorithm]}; use {_either(rules)}"
-            + (f", or algorithm={owner}" if owner else "")
+            f"{ACCUMULATIONS[algorithm].does}; use {either(rules)}, or algorithm={owner}"
         )
     narrow = min(model.hidden_size, model.kv_heads * model.head_dim, model.ffn_hidden_size)
-    if algorithm == "intra_proma" and projection.rank >= narrow:
+    if projection.by_subspaces and projection.rank >= narrow:
         yield (
             f"projection.rank is {projection.rank}, but the smallest weight has only {narrow} "
             "rows or columns, which would all be removed; use a smaller rank"
         )
 
 
-_DOES = {
-    "proma": "projects what has been accumulated on the complement of sequence gradients",
-    "intra_proma": "projects each microbatch's own gradient by dominant subspaces",
-    "isopo": "projects nothing, but transforms the advantages of a microbatch unit by unit",
-}
-
-
 def _loss_problems(config: RunSections) -> Iterator[str]:
     loss, kind, algorithm = config.loss, loss_kind(config), config.algorithm
-    if loss.kind is not None and algorithm not in RULES and loss.kind != algorithm:
+    if loss.kind is not None and algorithm not in ACCUMULATIONS and loss.kind != algorithm:
         yield (
             f"loss.kind is {loss.kind} with algorithm={algorithm}, which has a loss of its own; "
             f"use algorithm={loss.kind}, or leave loss.kind out"
         )
-    if kind == "gspo" and loss.ratio == "token":
+    facts = LOSSES[kind]
+    if facts.ratio == "sequence" and loss.ratio == "token":
         yield (
-            "loss.ratio is token with the loss gspo, whose ratio and clipping are of whole "
+            f"loss.ratio is token with the loss {kind}, whose ratio and clipping are of whole "
             "sequences; use ppo or grpo to clip tokens, or leave loss.ratio out"
         )
-    if loss.ratio == "sequence" and kind != "gspo":
+    if loss.ratio == "sequence" and facts.ratio == "token":
         yield (
             f"loss.ratio is sequence with the loss {kind}, whose ratio is of single tokens; use "
             "gspo for ratios of sequences"
         )
-    if loss.dual_clip is not None and kind not in ("ppo", "grpo", "dr_grpo"):
+    if loss.dual_clip is not None and not facts.dual_clip:
         yield (
             f"loss.dual_clip is {loss.dual_clip} with the loss {kind}, which it is not defined "
-            "for; use ppo, grpo or dr_grpo, or null"
+            f"for; use {either(name for name, other in LOSSES.items() if other.dual_clip)}, or null"
         )
     if loss.dual_clip is not None and not loss.clip:
         yield (
@@ -119,7 +118,7 @@ def _loss_problems(config: RunSections) -> Iterator[str]:
 def _unit_loss_problems(config: RunSections) -> Iterator[str]:
     """Why sequence gradients of this loss don't know their advantage only as a factor."""
     loss, kind, algorithm = config.loss, loss_kind(config), config.algorithm
-    if kind in CLIPPED and loss.clip:
+    if LOSSES[kind].sign_dependent and loss.clip:
         yield (
             f"loss.kind is {kind} with algorithm={algorithm}: it clips on one side for each sign "
             "of the advantage, so a sequence's gradient is not its advantage times one direction; "
@@ -141,20 +140,23 @@ def _unit_loss_problems(config: RunSections) -> Iterator[str]:
 def estimator_problems(config: RunSections) -> Iterator[str]:
     """Why advantages can't be estimated from the samples of a step."""
     advantage, samples = config.advantage, config.rollout.samples_per_prompt
-    if samples < 2:
+    facts = ESTIMATORS[advantage.estimator]
+    if samples < facts.samples:
         yield (
-            f"rollout.samples_per_prompt is {samples}, expected at least 2: advantages are "
+            f"rollout.samples_per_prompt is {samples}, expected at least {facts.samples}: "
+            "advantages are "
             f"relative to the other samples of a prompt (advantage.estimator={advantage.estimator})"
         )
-    if advantage.estimator == "rloo" and advantage.normalize_std:
+    if advantage.normalize_std and not facts.can_normalize:
         yield (
-            "advantage.normalize_std is true with advantage.estimator=rloo, which does not divide; "
-            "use leave_one_out, or leave normalize_std out"
+            f"advantage.normalize_std is true with advantage.estimator={advantage.estimator}, "
+            "which does not divide; use leave_one_out, or leave normalize_std out"
         )
-    if advantage.estimator == "leave_one_out" and advantage.normalize_std and samples < 3:
+    if normalizes_std(config) and facts.samples <= samples < facts.samples_to_normalize:
         yield (
             f"rollout.samples_per_prompt is {samples} with the standard deviation of the other "
-            "samples, expected at least 3; use more samples, or normalize_std=false"
+            f"samples, expected at least {facts.samples_to_normalize}; use more samples, or "
+            "normalize_std=false"
         )
     if loss_kind(config) == "dr_grpo" and normalizes_std(config):
         key = "normalize_std is true"
@@ -164,7 +166,3 @@ def estimator_problems(config: RunSections) -> Iterator[str]:
             f"advantage.{key} with the loss dr_grpo, which is GRPO without that division; use "
             "grpo, or advantage.normalize_std=false"
         )
-
-
-def _either(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

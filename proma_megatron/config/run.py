@@ -12,7 +12,7 @@ from proma_megatron.config.checks import (
     run_problems,
     training_problems,
 )
-from proma_megatron.config.choices import RULES
+from proma_megatron.config.choices import ACCUMULATIONS
 from proma_megatron.config.sections import (
     ComputeConfig,
     ModelConfig,
@@ -37,11 +37,11 @@ class RunConfig(RunSections):
         if not isinstance(tree, dict):
             return tree
         algorithm = tree.get("algorithm", "proma")
-        rules = RULES.get(algorithm) if isinstance(algorithm, str) else None
+        facts = ACCUMULATIONS.get(algorithm) if isinstance(algorithm, str) else None
         projection = tree.get("projection") or {}
-        if rules is None or not isinstance(projection, dict) or "rule" in projection:
+        if facts is None or not isinstance(projection, dict) or "rule" in projection:
             return tree
-        return {**tree, "projection": {**projection, "rule": rules[0]}}
+        return {**tree, "projection": {**projection, "rule": facts.default_rule}}
 
     @model_validator(mode="after")
     def _check_together(self, info: ValidationInfo) -> RunConfig:

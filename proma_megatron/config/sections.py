@@ -8,7 +8,7 @@ value, what was expected and the fix.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,7 +17,13 @@ from pydantic import (
     Field,
 )
 
-from proma_megatron.config.choices import RULES
+from proma_megatron.config.choices import ACCUMULATIONS, ALGORITHMS, ESTIMATORS, LOSSES, RULES
+
+if TYPE_CHECKING:  # a type checker can't look into the tables, as pydantic does
+    Algorithm = Rule = LossKind = Estimator = str
+else:
+    Algorithm, Rule = Literal[*ALGORITHMS], Literal[*RULES]
+    LossKind, Estimator = Literal[*LOSSES], Literal[*ESTIMATORS]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -279,8 +285,8 @@ class RewardConfig(Section):
 class AdvantageConfig(Section):
     """How rewards become advantages; `advantages/` has the formulas."""
 
-    estimator: Literal["group", "rloo", "leave_one_out", "reinforce_plus_plus", "stratified"] = (
-        Field(default="group", description="Which estimator, see the guide's page on algorithms.")
+    estimator: Estimator = Field(
+        default="group", description="Which estimator, see the guide's page on algorithms."
     )
     normalize_std: bool | None = Field(
         default=None,
@@ -322,9 +328,6 @@ class KLConfig(Section):
     target: PositiveFloat | None = Field(
         default=None, description="Divergence that the coefficient is adapted to; null: it stays."
     )
-
-
-LossKind = Literal["reinforce", "ppo", "grpo", "dr_grpo", "cispo", "gspo"]
 
 
 class LossConfig(Section):
@@ -389,11 +392,6 @@ class LossConfig(Section):
     )
 
 
-Algorithm = Literal[
-    "proma", "intra_proma", "isopo", "reinforce", "ppo", "grpo", "dr_grpo", "cispo", "gspo"
-]
-
-
 class ProjectionConfig(Section):
     """What happens to gradients while they accumulate; `rule: none` is Megatron's own way.
 
@@ -402,8 +400,8 @@ class ProjectionConfig(Section):
     change the advantages of a microbatch by unit. Only what a rule uses counts.
     """
 
-    rule: Literal["exact", "iterative", "ridge", "subspace", "norm", "kernel", "none"] = Field(
-        default="exact", description="Which rule; in a run without one: the algorithm's first."
+    rule: Rule = Field(
+        default="exact", description="Which rule; in a run without one: the algorithm's own."
     )
     bound: NonNegativeFloat | None = Field(
         default=0.5,
@@ -478,14 +476,20 @@ class ProjectionConfig(Section):
     @property
     def acts_alone(self) -> bool:
         """Whether the rule changes a microbatch's own gradient, whatever came before it."""
-        return self.rule in (*RULES["intra_proma"], *RULES["isopo"])
+        return RULES[self.rule].acts_on in ("microbatch", "advantages")
+
+    @property
+    def by_subspaces(self) -> bool:
+        """Whether the rule works on Linear layers' inputs and output gradients, without K."""
+        return RULES[self.rule].solved_from == "subspaces"
 
     @property
     def active(self) -> bool:
         """Whether anything can change; if not, Megatron's own accumulation runs."""
-        if self.rule in RULES["isopo"]:
+        acts_on = RULES[self.rule].acts_on
+        if acts_on == "advantages":
             return True
-        return self.rule != "none" and self.shrinkage > 0 and self.bound != 0
+        return acts_on is not None and self.shrinkage > 0 and self.bound != 0
 
 
 class BatchingConfig(Section):
@@ -758,7 +762,7 @@ class RunSections(Section):
     @property
     def projects(self) -> bool:
         """Whether weight gradients go through the accumulator."""
-        return self.algorithm in RULES and self.projection.active
+        return self.algorithm in ACCUMULATIONS and self.projection.active
 
     @property
     def max_sequence_length(self) -> int:
@@ -769,10 +773,10 @@ def loss_kind(config: RunSections) -> str:
     """The policy loss of this run."""
     if config.loss.kind is not None:
         return config.loss.kind
-    return "reinforce" if config.algorithm in RULES else config.algorithm
+    return "reinforce" if config.algorithm in ACCUMULATIONS else config.algorithm
 
 
 def normalizes_std(config: RunSections) -> bool:
     """Whether advantages are divided by a standard deviation."""
     chosen = config.advantage.normalize_std
-    return config.advantage.estimator == "reinforce_plus_plus" if chosen is None else chosen
+    return ESTIMATORS[config.advantage.estimator].normalizes if chosen is None else chosen

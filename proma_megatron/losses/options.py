@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proma_megatron.config.choices import AGGREGATIONS, CLIPPED, CLIPS
+from proma_megatron.config.choices import LOSSES
 from proma_megatron.config.sections import RunSections, loss_kind
 
 
@@ -12,7 +12,7 @@ from proma_megatron.config.sections import RunSections, loss_kind
 class LossOptions:
     """Which loss a backward pass carries; `loss.policy_loss` has the formulas."""
 
-    kind: str  # "reinforce", "ppo", "grpo", "dr_grpo", "cispo", "gspo" or "supervised"
+    kind: str  # of `choices.LOSSES`, or "supervised"
     unit: bool = False  # leave the advantages out, for the accumulator to multiply with
     importance: bool = False  # reinforce: the unclipped, detached ratio to the rollout policy
     clip_low: float | None = 0.2  # None: no clipping
@@ -27,7 +27,7 @@ class LossOptions:
     def clips(self) -> bool:
         """Whether there is a clipping range that acts."""
         bounded = self.clip_low is not None or self.clip_high is not None
-        return bounded and self.kind in (*CLIPPED, "cispo")
+        return bounded and self.kind in LOSSES and LOSSES[self.kind].clips is not None
 
 
 UNIT = LossOptions("reinforce", unit=True)  # unit losses without any weights
@@ -38,7 +38,7 @@ SUPERVISED = LossOptions("supervised")  # cross-entropy of the masked tokens
 def loss_options(config: RunSections) -> LossOptions:
     """The policy loss of this run, with everything that the configuration leaves open."""
     loss, kind = config.loss, loss_kind(config)
-    low, high = CLIPS.get(kind, (0.2, 0.2))
+    low, high = LOSSES[kind].clips or (None, None)
     split = config.batching.minibatches > 1
     return LossOptions(
         kind=kind,
@@ -56,6 +56,6 @@ def loss_options(config: RunSections) -> LossOptions:
 
 def aggregation(config: RunSections) -> tuple[str, float]:
     """How token losses become one number, and the constant of ``sequence_sum``."""
-    chosen = config.loss.aggregation or AGGREGATIONS.get(loss_kind(config), "token_mean")
+    chosen = config.loss.aggregation or LOSSES[loss_kind(config)].aggregation
     constant = config.loss.aggregation_constant or float(config.rollout.max_new_tokens)
     return chosen, constant

@@ -179,7 +179,7 @@ def projection_numbers(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
         if parameter.name == EMBEDDING and tied and config.parallel.pipeline > 1:
             continue  # accumulated on the last stage
         units = len(parameter.row.tensors) if separate else 1
-        if config.projection.rule == "subspace":
+        if config.projection.by_subspaces:
             total += _subspace_numbers(config, parameter, units, sizes)
         elif alone and not _partial(config, parameter):
             total += units * half if parameter.row.share is Share.ENTRIES else 0

@@ -54,7 +54,7 @@ class Group:
         if not (self.projects and is_projected(weight, self.config)):
             self._scale(sizes.tokens * min(rows, width) * grad)
             return
-        if self.config.projection.rule == "subspace":
+        if self.config.projection.by_subspaces:
             self.held += factors
             self.passing = 0
             self._add_subspaces(weight, _range_rows(weight, self.config, sizes.tensor))
@@ -130,7 +130,7 @@ def passing_slices(config: RunConfig, sizes: Sizes) -> int:
 
 def is_projected(parameter: Local, config: RunConfig) -> bool:
     """Whether the rule acts on this parameter's gradient; see `units_of`."""
-    everything = config.projection.parameters == "all" and config.projection.rule != "subspace"
+    everything = config.projection.parameters == "all" and not config.projection.by_subspaces
     return everything or parameter.row.linear
 
 

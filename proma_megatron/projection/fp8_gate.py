@@ -317,7 +317,7 @@ class ValidityGate:
         if rule == "kernel" or rule == "norm":
             found = precondition(rule, gram, advantages, regularization=config.regularization)
         else:
-            assert rule != "none"
+            assert rule in ("exact", "iterative", "ridge")
             found = solve(
                 rule,
                 gram,

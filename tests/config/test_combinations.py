@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from proma_megatron.config.choices import RULES
+from proma_megatron.config.choices import ACCUMULATIONS, ALGORITHMS, LOSSES
 from proma_megatron.config.loading import apply_overrides, validate_config
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import Algorithm, LossKind, loss_kind, normalizes_std
+from proma_megatron.config.sections import loss_kind, normalizes_std
 from proma_megatron.errors import ConfigError
 from proma_megatron.losses.options import aggregation, loss_options
 
@@ -26,12 +26,12 @@ def refusal(*overrides: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_runs_with_its_defaults(algorithm: str) -> None:
     found = config(f"algorithm={algorithm}")
-    assert found.projects is (algorithm in RULES)
-    if algorithm in RULES:
-        assert found.projection.rule == RULES[algorithm][0]
+    assert found.projects is (algorithm in ACCUMULATIONS)
+    if algorithm in ACCUMULATIONS:
+        assert found.projection.rule == ACCUMULATIONS[algorithm].default_rule
         assert loss_options(found).kind == "reinforce"
     else:
         assert loss_options(found).kind == algorithm
@@ -48,7 +48,7 @@ def test_resolved_defaults_are_those_of_the_papers() -> None:
     assert clips("ppo") == clips("grpo") == clips("dr_grpo") == (0.2, 0.2)
     assert clips("gspo") == (3e-4, 4e-4)
     assert clips("cispo") == (1.0, 0.2)
-    modes = {name: aggregation(config(f"algorithm={name}"))[0] for name in get_args(Algorithm)}
+    modes = {name: aggregation(config(f"algorithm={name}"))[0] for name in ALGORITHMS}
     assert modes.pop("gspo") == "sequence_mean"
     assert modes.pop("dr_grpo") == "sequence_sum"
     assert set(modes.values()) == {"token_mean"}
@@ -58,8 +58,8 @@ def test_resolved_defaults_are_those_of_the_papers() -> None:
     assert (chosen.clip_low, chosen.clip_high) == (3e-4, 0.01)
 
 
-@pytest.mark.parametrize("algorithm", list(RULES))
-@pytest.mark.parametrize("kind", get_args(LossKind))
+@pytest.mark.parametrize("algorithm", ACCUMULATIONS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_a_loss_is_projected_exactly_or_refused_by_name(algorithm: str, kind: str) -> None:
     chosen = (f"algorithm={algorithm}", f"loss.kind={kind}")
     if kind in ("reinforce", "cispo"):

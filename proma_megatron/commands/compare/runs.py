@@ -6,13 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from proma_megatron.config.choices import RULES
+from proma_megatron.config.choices import ACCUMULATIONS, ALGORITHMS, rules_of
 from proma_megatron.config.loading import apply_overrides, read_tree, validate_config
 from proma_megatron.config.pretrained import SHAPE
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import Algorithm
 from proma_megatron.errors import ConfigError
 from proma_megatron.runs.directory import RunDir
 
@@ -50,7 +49,7 @@ class Comparison:
 
     def made(self) -> list[Path]:
         """Run directories of any algorithm and seed that the folder holds."""
-        names = re.compile(rf"({'|'.join(get_args(Algorithm))})_seed-?\d+")
+        names = re.compile(rf"({'|'.join(ALGORITHMS)})_seed-?\d+")
         if not self.folder.is_dir():
             return []
         return sorted(
@@ -139,25 +138,24 @@ def started_from(config: RunConfig, policy: Path, tokenizer: Path) -> RunConfig:
 
 
 def _check_algorithms(algorithms: Sequence[str]) -> None:
-    known = get_args(Algorithm)
     for algorithm in algorithms:
-        if algorithm not in known:
+        if algorithm not in ALGORITHMS:
             raise ConfigError(
-                f"--algorithms has '{algorithm}', expected names out of {', '.join(known)}, with "
-                "commas between them"
+                f"--algorithms has '{algorithm}', expected names out of {', '.join(ALGORITHMS)}, "
+                "with commas between them"
             )
         if algorithms.count(algorithm) > 1:
             raise ConfigError(f"--algorithms has '{algorithm}' more than once; name it once")
     if not algorithms:
-        raise ConfigError(f"--algorithms is empty, expected names out of {', '.join(known)}")
+        raise ConfigError(f"--algorithms is empty, expected names out of {', '.join(ALGORITHMS)}")
 
 
 def _of_algorithm(tree: Tree, algorithm: str) -> Tree:
     """``tree`` for this algorithm, without a rule or a loss that is not its own."""
     projection, loss = dict(tree.get("projection") or {}), dict(tree.get("loss") or {})
-    if projection.get("rule") not in RULES.get(algorithm, ()):
+    if projection.get("rule") not in rules_of(algorithm):
         projection.pop("rule", None)
-    if algorithm not in RULES:
+    if algorithm not in ACCUMULATIONS:
         loss.pop("kind", None)
     return {**tree, "algorithm": algorithm, "projection": projection, "loss": loss}
 

@@ -20,6 +20,7 @@ from proma_megatron.commands.verify.subject import (
     random_batch,
     read_subject,
 )
+from proma_megatron.config.choices import RULES
 from proma_megatron.config.run import GradientsConfig
 from proma_megatron.config.sections import ParallelConfig
 from proma_megatron.distributed.devices import choose_device, describe, ranks_on
@@ -82,22 +83,18 @@ def _run(
 # --------------------------------------------------------------------------- what is shown
 
 
-_ACCUMULATED = "the accumulated energy was projected away"
-_REMOVED = {
-    "none": _ACCUMULATED,
-    "exact": _ACCUMULATED,
-    "iterative": _ACCUMULATED,
-    "ridge": _ACCUMULATED,
-    "subspace": "the microbatches' own energy was projected away",
-    "kernel": "the plain gradient's energy was changed",
-    "norm": "the plain gradient's energy was changed",
+_REMOVED = {  # by what a rule acts on
+    None: "the accumulated energy was projected away",
+    "accumulated": "the accumulated energy was projected away",
+    "microbatch": "the microbatches' own energy was projected away",
+    "advantages": "the plain gradient's energy was changed",
 }
 
 
 def _show(
     errors: Sequence[KindError], summary: Mapping[str, Any], subject: Subject, device: str
 ) -> bool:
-    dtype = subject.config.model.dtype
+    dtype, rule = subject.config.model.dtype, subject.config.projection.rule
     tolerance = TOLERANCES[dtype]
     table = Table("parameter kind", "tensors", "largest error", "layer", "")
     for found in errors:
@@ -114,8 +111,8 @@ def _show(
     console.print(
         f"{'[green]PASS' if passed else '[bold red]FAIL'}[/]: {describe(parallel)} "
         f"({ranks_on(parallel.world_size, device)}) against one process, {dtype}, rule "
-        f"{subject.config.projection.rule}: largest relative error {largest:.1e}, tolerance "
-        f"{tolerance:.0e}; {removed:.1%} of {_REMOVED[subject.config.projection.rule]}",
+        f"{rule}: largest relative error {largest:.1e}, tolerance "
+        f"{tolerance:.0e}; {removed:.1%} of {_REMOVED[RULES[rule].acts_on]}",
         highlight=False,
         soft_wrap=True,
     )
