@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.messages import assert_names
 
 from proma_megatron.config.sections import ColumnsConfig
 from proma_megatron.data import datasets
@@ -188,8 +189,7 @@ def test_a_decimal_column_keeps_its_digits(tmp_path: Path) -> None:
 def test_prompt_and_answer_are_named_together(columns: ColumnsConfig, key: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_problems(SAMPLE / "train.jsonl", columns)
-    assert str(error.value).startswith(key)
-    assert "both data.columns.prompt and data.columns.answer" in str(error.value)
+    assert_names(error, key, "both data.columns.prompt and data.columns.answer")
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,7 @@ def test_unknown_columns(
     with pytest.raises(ConfigError) as error:
         load_problems(path)
     listed = " and ".join(f"'{column}'" for column in row).replace(" and ", ", ")
-    assert str(error.value).startswith(f"dataset {path} has the columns {listed}, expected ")
-    assert "data.columns.prompt and data.columns.answer" in str(error.value)
+    assert_names(error, str(path), listed, "data.columns.prompt", "data.columns.answer")
 
 
 # --------------------------------------------------------------------------- refusals
@@ -386,11 +385,13 @@ def test_parquet_without_rows(tmp_path: Path, columns: ColumnsConfig) -> None:
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv", ""])
 def test_missing_files_and_directories(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"d{suffix}"
-    with pytest.raises(ConfigError, match=f"dataset {re.escape(str(path))} does not exist"):
+    with pytest.raises(ConfigError) as missing:
         load_problems(path)
+    assert_names(missing, str(path), "does not exist")
     path.mkdir()
-    with pytest.raises(ConfigError, match=f"dataset {re.escape(str(path))} is a directory"):
+    with pytest.raises(ConfigError) as folder:
         load_problems(path)
+    assert_names(folder, str(path), "is a directory")
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.jsonl.gz", "d"])
@@ -398,8 +399,7 @@ def test_unknown_suffix(tmp_path: Path, name: str) -> None:
     path = write_jsonl(tmp_path / name, [GOOD])
     with pytest.raises(ConfigError) as error:
         load_problems(path)
-    expected = f"has the suffix '{path.suffix}', expected .jsonl, .json, .parquet"
-    assert expected in str(error.value)
+    assert_names(error, str(path), f"'{path.suffix}'", ".jsonl", ".json", ".parquet")
 
 
 def damaged(content: bytes) -> Iterator[bytes]:
@@ -417,9 +417,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ConfigError) as error:
             load_problems(path)
-        message = str(error.value)
-        assert message.startswith(f"dataset {path} can't be read as parquet: ")
-        assert "\n" not in message
+        assert_names(error, str(path), "can't be read as parquet")
 
 
 def test_only_the_needed_columns_of_a_parquet_file_are_read(
@@ -449,8 +447,9 @@ def test_rows_are_counted_through_all_batches(
         (f"d-{n}", str(n)) for n in range(1, 12)
     ]
     write_parquet(path, [*rows, GOOD | {"question": ""}])
-    with pytest.raises(ConfigError, match=r"d\.parquet, row 12 has an empty question"):
+    with pytest.raises(ConfigError) as caught:
         load_problems(path)
+    assert_names(caught, str(path), "row 12", "question")
 
 
 # --------------------------------------------------------------------------- both formats

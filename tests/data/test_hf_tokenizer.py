@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.messages import assert_names
 from support.qwen import END_OF_TEXT, END_OF_TURN, write_tokenizer
 from transformers import AutoTokenizer
 
@@ -94,16 +95,17 @@ def test_prompts_take_the_template_where_there_is_one(tokenizer: HuggingFaceToke
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no tokenizer .* give tokenizer\.path"):
+    with pytest.raises(ConfigError) as caught:
         HuggingFaceTokenizer(tmp_path)
+    assert_names(caught, str(tmp_path), "holds no tokenizer", "give tokenizer.path")
 
 
 def test_a_broken_tokenizer_is_refused_in_a_sentence(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {')
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"can't be loaded .* download it again") as caught:
+    with pytest.raises(ConfigError) as caught:
         HuggingFaceTokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
+    assert_names(caught, str(tmp_path), "can't be loaded", "download it again")
 
 
 def test_a_broken_generation_config_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -118,5 +120,6 @@ def test_a_chat_without_a_template_or_against_it_is_refused(tmp_path: Path) -> N
         HuggingFaceTokenizer(tmp_path).chat(CHAT, False)
     strict = "{{ raise_exception('roles must alternate') }}"
     write_tokenizer(tmp_path, chat_template=strict)
-    with pytest.raises(ConfigError, match=r"fails on roles \['system', 'user'\] \(roles must"):
+    with pytest.raises(ConfigError) as caught:
         HuggingFaceTokenizer(tmp_path).chat(CHAT, False)
+    assert_names(caught, "['system', 'user']", "roles must alternate")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.messages import assert_names
 
 from proma_megatron.data.arithmetic import generate_problems
 from proma_megatron.data.prompts import format_plain
@@ -132,9 +133,9 @@ def test_an_interrupted_write_leaves_the_old_file(
 
 def test_a_vocabulary_too_small_for_the_characters_is_refused(tmp_path: Path) -> None:
     many = "".join(chr(code) for code in range(0x4E00, 0x4E00 + 400))
-    with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size is 320") as error:
+    with pytest.raises(ConfigError) as error:
         train_tokenizer([many], tmp_path / "t.model", 320)
-    assert "\n" not in str(error.value)
+    assert_names(error, "tokenizer.vocab_size is 320")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,10 +145,9 @@ def test_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"tokenizer\.path is .*none\.model, which does not exist"
-    ):
+    with pytest.raises(ConfigError) as missing:
         SentencePieceTokenizer(tmp_path / "none.model")
+    assert_names(missing, "tokenizer.path", str(tmp_path / "none.model"), "does not exist")
     foreign = tmp_path / "foreign.model"
     foreign.write_bytes(b"not a model")
     with pytest.raises(ConfigError, match="no SentencePiece model"):
