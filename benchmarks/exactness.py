@@ -25,8 +25,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from proma_megatron.batching.batch_file import write_batch
 from proma_megatron.commands.verify.comparison import relative_error
 from proma_megatron.commands.verify.subject import Subject, random_batch
+from proma_megatron.config.model import ComputeConfig
 from proma_megatron.config.run import GradientsConfig
-from proma_megatron.config.sections import ComputeConfig
 from proma_megatron.weights.huggingface import read_model
 
 mpl.use("Agg")

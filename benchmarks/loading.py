@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proma_megatron.config.fields import Section
 from proma_megatron.config.loading import validate_config
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ParallelConfig, Section
 from proma_megatron.processes.ranks import run_on_ranks
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from benchmarks.cost.ways import (
     proma,
 )
 from benchmarks.live_bytes import LiveBytes
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.model.policy import Policy
 from proma_megatron.types import Microbatch

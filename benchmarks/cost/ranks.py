@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cost.results import Results, line
 from benchmarks.cost.settings import Effort, Setting, Shape
+from proma_megatron.config.fields import Section
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.run import GradientsConfig
-from proma_megatron.config.sections import ParallelConfig, ProcessConfig, Section
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.processes.ranks import run_on_ranks
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def run(job: CostJob, topology: Topology) -> str | None:
     """All settings of a job, on this rank; rank 0 writes them down and says how they went."""
     from benchmarks.cost.measure import measure
     from benchmarks.cost.ways import disagreement, proma
-    from proma_megatron.config.sections import ProjectionConfig
+    from proma_megatron.config.objective import ProjectionConfig
     from proma_megatron.model.build import build_policy
 
     results = Results.read(job.out) if topology.is_main else Results(job.out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from benchmarks.cost.settings import Setting
-from proma_megatron.config.sections import Section
+from proma_megatron.config.fields import Section
 from proma_megatron.errors import ConfigError
 from proma_megatron.files import atomic_write
 

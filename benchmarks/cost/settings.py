@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-from proma_megatron.config.sections import ModelConfig, PositiveInt, Section
+from proma_megatron.config.fields import PositiveInt, Section
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.errors import ConfigError
 
 # Accumulation by Megatron, by us, and by hooks that keep a microbatch's gradients or a module's.

@@ -11,7 +11,7 @@ from benchmarks.cost.hooks import Hooks
 from benchmarks.cost.settings import Setting
 from proma_megatron.batching.packing import loss_tokens, pack
 from proma_megatron.commands.verify.comparison import relative_error
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.learner.schedule import forward_backward
 from proma_megatron.losses.options import REINFORCE, UNIT

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proma_megatron.config.sections import ModelConfig
+from proma_megatron.config.model import ModelConfig
 
 
 @dataclass(frozen=True)

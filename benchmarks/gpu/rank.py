@@ -19,8 +19,9 @@ from benchmarks.cost.settings import Effort
 from benchmarks.gpu.figures import step_operations, utilization
 from benchmarks.gpu.results import GpuResults
 from benchmarks.gpu.settings import Setting
+from proma_megatron.config.fields import Section
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.config.run import GradientsConfig
-from proma_megatron.config.sections import ModelConfig, Section
 from proma_megatron.distributed.libraries import transformer_engine_version
 from proma_megatron.errors import ConfigError
 from proma_megatron.processes.ranks import run_on_ranks

@@ -7,15 +7,12 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from proma_megatron.config.fields import PositiveInt, Section
+from proma_megatron.config.model import ModelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.config.pretrained import planned_shape
 from proma_megatron.config.run import GradientsConfig
-from proma_megatron.config.sections import (
-    ModelConfig,
-    PositiveInt,
-    ProcessConfig,
-    ProjectionConfig,
-    Section,
-)
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.errors import ConfigError
 
 Fp8 = Literal["none", "current", "delayed", "blockwise", "mxfp8"]

@@ -9,7 +9,7 @@ from proma_megatron.advantages.leave_one_out import leave_one_out
 from proma_megatron.advantages.reinforce_plus_plus import reinforce_plus_plus
 from proma_megatron.advantages.rloo import rloo
 from proma_megatron.advantages.stratified import stratified
-from proma_megatron.config.sections import AdvantageConfig
+from proma_megatron.config.objective import AdvantageConfig
 from proma_megatron.types import RolloutGroup, ScoredRollout
 
 

@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proma_megatron.config.sections import (
-    ComputeConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
+from proma_megatron.config.model import ComputeConfig, ModelConfig, ParallelConfig
+from proma_megatron.config.trainer import OptimizerConfig
 from proma_megatron.distributed.devices import describe
 from proma_megatron.errors import ConfigError
 from proma_megatron.runs.checkpoint_folder import Marker

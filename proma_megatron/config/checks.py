@@ -12,14 +12,10 @@ from collections.abc import Iterator
 from proma_megatron.config.choices import REWARDS, expected_reward
 from proma_megatron.config.combinations import combination_problems, estimator_problems
 from proma_megatron.config.fp8 import RECIPES
-from proma_megatron.config.sections import (
-    ComputeConfig,
-    ModelConfig,
-    ParallelConfig,
-    ProjectionConfig,
-    RewardConfig,
-    RunSections,
-)
+from proma_megatron.config.model import ComputeConfig, ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
+from proma_megatron.config.rollout import RewardConfig
+from proma_megatron.config.sections import RunSections
 
 
 def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from proma_megatron.config.fields import Section
 from proma_megatron.config.pretrained import SHAPE, planned_shape
 from proma_megatron.config.run import TRAINING, GradientsConfig, RunConfig
-from proma_megatron.config.sections import Section
 from proma_megatron.config.shipped import find_config
 from proma_megatron.errors import ConfigError
 

@@ -13,15 +13,11 @@ from proma_megatron.config.checks import (
     training_problems,
 )
 from proma_megatron.config.choices import ACCUMULATIONS
-from proma_megatron.config.sections import (
-    ComputeConfig,
-    ModelConfig,
-    ParallelConfig,
-    ProcessConfig,
-    ProjectionConfig,
-    RunSections,
-    Section,
-)
+from proma_megatron.config.fields import Section
+from proma_megatron.config.model import ComputeConfig, ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
+from proma_megatron.config.sections import RunSections
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.errors import ConfigError
 
 TRAINING = {"purpose": "training"}  # validation context: a policy may also only be read

@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proma_megatron.config.sections import ColumnsConfig
+from proma_megatron.config.data import ColumnsConfig
 from proma_megatron.data.answers import ANSWER_MARK, final_answer
 from proma_megatron.errors import ConfigError
 from proma_megatron.types import Message, Problem

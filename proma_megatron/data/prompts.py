@@ -6,7 +6,7 @@ import random
 import zlib
 from collections.abc import Mapping, Sequence
 
-from proma_megatron.config.sections import PromptConfig
+from proma_megatron.config.data import PromptConfig
 from proma_megatron.data.tokenizer import Tokenizer
 from proma_megatron.errors import ConfigError
 from proma_megatron.types import Message, Problem, Prompt

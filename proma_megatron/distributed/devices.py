@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from proma_megatron.config.fp8 import RECIPES
+from proma_megatron.config.model import ComputeConfig, ParallelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ComputeConfig, ParallelConfig
 from proma_megatron.distributed.libraries import transformer_engine_problem
 from proma_megatron.errors import ConfigError
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from proma_megatron.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from proma_megatron.config.loading import read_tree, validate_section
-from proma_megatron.config.sections import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from proma_megatron.config.shipped import find_cluster
 from proma_megatron.errors import ConfigError
 

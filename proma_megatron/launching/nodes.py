@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.launching.cluster import Cluster
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ParallelConfig
 from proma_megatron.errors import ConfigError
 
 CONFIG = "<config>"  # in a stage's arguments: where the job finds its configuration

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from proma_megatron.batching.packing import loss_tokens, pack
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.learner.schedule import forward_backward
 from proma_megatron.losses.options import REINFORCE, UNIT
 from proma_megatron.model.policy import Policy

@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from proma_megatron.config.sections import OptimizerConfig
+from proma_megatron.config.trainer import OptimizerConfig
 from proma_megatron.model.policy import Policy
 
 

@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 
 from proma_megatron.config.fp8 import RECIPES
-from proma_megatron.config.sections import ModelConfig
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.distributed.devices import Backend, choose_backend
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.model.capture import CapturedColumnLinear, CapturedEmbedding

@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from proma_megatron.config.fp8 import token_multiple
-from proma_megatron.config.sections import ModelConfig
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.distributed.devices import Backend
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.model.attention import KeyValueCache, PackedLayout

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from proma_megatron.config.sections import ModelConfig
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.distributed.devices import Backend
 from proma_megatron.model.attention import CachedSelfAttention, CoreAttention
 from proma_megatron.model.capture import CapturedColumnLinear, CapturedRowLinear, RMSNorm

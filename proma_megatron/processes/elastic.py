@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
-from proma_megatron.config.sections import ProcessConfig
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.errors import RunStopped, StoppedError
 from proma_megatron.processes.failures import LAUNCHED, first_error, forget_earlier
 from proma_megatron.processes.signals import Forwarder

@@ -21,8 +21,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.run import GradientsConfig, RunConfig
-from proma_megatron.config.sections import ParallelConfig, ProcessConfig
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.distributed.devices import (
     check_backend,
     check_world_size,

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from proma_megatron.config.sections import PhaseMinutes
+from proma_megatron.config.trainer import PhaseMinutes
 from proma_megatron.errors import HangError
 from proma_megatron.processes.failures import LAUNCHED, end, in_words, record_error, stacks_folder
 

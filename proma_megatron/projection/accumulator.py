@@ -23,7 +23,7 @@ from typing import Any, Concatenate
 
 import torch
 
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.model.capture import Operands, captured_layers
 from proma_megatron.model.policy import Policy

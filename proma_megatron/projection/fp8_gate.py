@@ -35,7 +35,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Axis, Topology
 from proma_megatron.projection.factors.contraction import Rows, chunk_rows, contract
 from proma_megatron.projection.factors.workspace import Workspace

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
-from proma_megatron.config.sections import RewardConfig
+from proma_megatron.config.rollout import RewardConfig
 from proma_megatron.rewards.faults import shortened, summary
 from proma_megatron.rewards.registry import BUILT_IN, RewardFunction, load_reward
 

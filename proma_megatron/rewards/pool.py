@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
-from proma_megatron.config.sections import RewardConfig
+from proma_megatron.config.rollout import RewardConfig
 from proma_megatron.errors import ConfigError, RewardError
 from proma_megatron.processes.stopping import unasked_children
 from proma_megatron.processes.watchdog import write_stacks_when_asked

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from proma_megatron.config.sections import RewardConfig
+from proma_megatron.config.rollout import RewardConfig
 from proma_megatron.data.answers import final_answer, parse_number
 from proma_megatron.errors import ConfigError
 from proma_megatron.rewards.faults import summary

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.config.pretrained import CONFIG, read_json, read_shape, write_config
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ModelConfig
 from proma_megatron.data.hf_tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from proma_megatron.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from proma_megatron.errors import ConfigError

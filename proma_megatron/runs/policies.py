@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from proma_megatron.config.loading import apply_overrides, read_tree, validate_config
+from proma_megatron.config.model import ComputeConfig
 from proma_megatron.config.pretrained import CONFIG, read_json
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ComputeConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.runs.checkpoint_folder import MARKER
 from proma_megatron.runs.directory import RunDir

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from proma_megatron.config.sections import ModelConfig
+from proma_megatron.config.model import ModelConfig
 
 if TYPE_CHECKING:
     from proma_megatron.distributed.topology import Topology

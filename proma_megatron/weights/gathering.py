@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from proma_megatron.config.sections import ModelConfig
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.distributed.topology import Topology
 from proma_megatron.weights.mapping import tensor_shapes
 from proma_megatron.weights.shards import ParameterShard, Reduction

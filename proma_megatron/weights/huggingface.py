@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from proma_megatron.config.model import ComputeConfig, ModelConfig
 from proma_megatron.config.pretrained import read_json, read_shape
-from proma_megatron.config.sections import ComputeConfig, ModelConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.weights.mapping import tensor_shapes
 

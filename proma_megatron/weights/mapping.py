@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from proma_megatron.config.sections import ModelConfig
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.weights.qwen import LAYER, MODEL, TIED_HEAD
 from proma_megatron.weights.shards import Fusion, ParameterShard, Row, Run, Share
 

@@ -9,7 +9,8 @@ from support.gradients import TINY
 from support.pool import WorkerPool
 from support.runs import complete
 
-from proma_megatron.config.sections import OptimizerConfig, ParallelConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.trainer import OptimizerConfig
 from proma_megatron.runs.directory import RunDir
 
 ADAM = OptimizerConfig(lr=1e-2, clip_grad=0.0, warmup_steps=2, decay="linear")

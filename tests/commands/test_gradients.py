@@ -24,7 +24,7 @@ from proma_megatron.batching.batch_file import write_batch
 from proma_megatron.cli import main
 from proma_megatron.commands.gradients.command import grads as grads_here
 from proma_megatron.config.loading import gradients_config
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.files import atomic_write
 
 SEED = 11

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.messages import assert_names
 
-from proma_megatron.config.sections import ColumnsConfig
+from proma_megatron.config.data import ColumnsConfig
 from proma_megatron.data import datasets
 from proma_megatron.data.datasets import load_problems
 from proma_megatron.errors import ConfigError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from proma_megatron.config.sections import PromptConfig
+from proma_megatron.config.data import PromptConfig
 from proma_megatron.data.arithmetic import generate_problems
 from proma_megatron.data.demonstrations import Demonstrations, demonstration
 from proma_megatron.data.prompts import PromptFormat, PromptSource, format_plain

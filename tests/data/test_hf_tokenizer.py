@@ -12,7 +12,7 @@ from support.messages import assert_names
 from support.qwen import END_OF_TEXT, END_OF_TURN, write_tokenizer
 from transformers import AutoTokenizer
 
-from proma_megatron.config.sections import PromptConfig
+from proma_megatron.config.data import PromptConfig
 from proma_megatron.data.hf_tokenizer import HuggingFaceTokenizer
 from proma_megatron.data.prompts import PromptFormat
 from proma_megatron.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proma_megatron.config.sections import PromptConfig
+from proma_megatron.config.data import PromptConfig
 from proma_megatron.data.arithmetic import generate_problems
 from proma_megatron.data.prompts import PromptFormat, PromptSource, drop_long, format_plain
 from proma_megatron.data.tokenizer import SentencePieceTokenizer, train_tokenizer

@@ -11,8 +11,8 @@ import torch
 from proma_megatron.checkpoints.compatibility import shape_of
 from proma_megatron.config.fp8 import RECIPES, token_multiple
 from proma_megatron.config.loading import validate_config
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ModelConfig
 from proma_megatron.distributed import devices, libraries
 from proma_megatron.distributed.devices import check_backend, choose_backend
 from proma_megatron.errors import ConfigError

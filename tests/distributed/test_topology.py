@@ -8,7 +8,7 @@ from support.layouts import Place, places, refusal
 from support.pool import WorkerPool
 
 from proma_megatron.config.loading import validate_config
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.distributed.devices import check_precision, check_world_size, choose_device
 from proma_megatron.errors import ConfigError
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from support.launch import CLUSTERS, CONFIGS, CONTAINER, ROOT, SSH, cluster_file, site, tree
 
 from proma_megatron.config.loading import read_tree
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.launching.cluster import Cluster, load_cluster
 from proma_megatron.launching.environment import DEFAULTS, variables

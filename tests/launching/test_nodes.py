@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.launch import site
 
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.launching.nodes import Nodes, nodes_for, note_on_tensor_parallel
 

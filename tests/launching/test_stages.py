@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ParallelConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.launching.stages import CONFIG, stages_of, sweep
 

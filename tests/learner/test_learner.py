@@ -11,7 +11,7 @@ from support.gradients import TINY, random_batch
 from support.learning import Tensors, looks, minibatch_gradients, running_mean
 from support.pool import WorkerPool
 
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.types import TrainingSequence
 
 KL = {"coefficient": 0.3, "estimator": "k3"}

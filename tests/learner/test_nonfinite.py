@@ -20,7 +20,8 @@ from support.slow import all_but
 from proma_megatron.batching.batch_file import read_batch
 from proma_megatron.batching.packing import loss_tokens
 from proma_megatron.config.loading import apply_overrides, validate_config
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.learner.learner import Learner
 from proma_megatron.learner.nonfinite import Offence, dump
 from proma_megatron.learner.references import References

@@ -13,12 +13,9 @@ from support.pool import WorkerPool
 from support.slow import all_but
 from support.training import Update, optimizer_steps
 
-from proma_megatron.config.sections import (
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ProjectionConfig,
-)
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
+from proma_megatron.config.trainer import OptimizerConfig
 from proma_megatron.weights.mapping import tensor_shapes
 
 Tensors = dict[str, torch.Tensor]

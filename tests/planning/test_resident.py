@@ -7,8 +7,8 @@ from support.allocation import Held, resident_bytes
 from support.pool import WorkerPool
 from support.slow import all_but
 
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ModelConfig
 from proma_megatron.planning.plan import make_plan
 from proma_megatron.planning.resident import by_replica
 from proma_megatron.planning.shapes import Precision, stages

@@ -8,8 +8,9 @@ from support.gradients import TINY, VOCAB, collectives, random_batch
 from support.pool import WorkerPool
 from support.slow import all_but
 
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
 from proma_megatron.planning.counts import count
 from proma_megatron.planning.plan import make_plan
 from proma_megatron.planning.shapes import stages

@@ -20,7 +20,8 @@ from support.pool import WorkerPool
 from support.stopping import agreement, waiting_seconds
 
 from proma_megatron import cli
-from proma_megatron.config.sections import ParallelConfig, ProcessConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.errors import RunStopped
 from proma_megatron.processes.elastic import start_ranks
 from proma_megatron.processes.failures import LAUNCHED

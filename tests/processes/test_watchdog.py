@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support.command import ROOT, proma
 
-from proma_megatron.config.sections import PhaseMinutes
+from proma_megatron.config.trainer import PhaseMinutes
 from proma_megatron.errors import ConfigError, HangError, WorkerError
 from proma_megatron.observability.timing import Stopwatch
 from proma_megatron.processes.failures import (

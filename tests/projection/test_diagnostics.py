@@ -14,7 +14,8 @@ from support.gradients import TINY, Batch, random_batch, unit_figures
 from support.paper import project_to_complement
 from support.pool import WorkerPool
 
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.diagnostics import Tally, UnitSums
 from proma_megatron.projection.rules.proma import Rule, solve

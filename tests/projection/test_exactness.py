@@ -38,7 +38,8 @@ from support.pool import WorkerPool
 from support.reference import reference_gradients
 from support.slow import again
 
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 
 # --------------------------------------------------------------------------- one process
 

@@ -14,7 +14,8 @@ from support.paper import complement, isopo_advantages
 from support.pool import WorkerPool
 from support.validity import CPU, Case, Weight, alone, looked, looked_together, packed
 
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.projection.factors.contraction import Rows
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.fp8_gate import Difference, Figures, Pair, ValidityGate, warning

@@ -33,7 +33,8 @@ from support.gradients import captured_gradients, gradients, unit_figures
 from support.pool import WorkerPool
 from support.reference import reference_gradients
 
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.projection import diagnostics
 
 # Few by default; the slow suite has the product.

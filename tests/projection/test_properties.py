@@ -28,7 +28,8 @@ from support.gradients import (
 )
 from support.pool import WorkerPool
 
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.learner.gradients import denominator
 from proma_megatron.types import TrainingSequence
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from proma_megatron.config.sections import RewardConfig
+from proma_megatron.config.rollout import RewardConfig
 from proma_megatron.errors import RewardError
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.types import Problem, Prompt, Rollout, ScoredRollout

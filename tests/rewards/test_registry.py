@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proma_megatron.config.rollout import RewardConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import RewardConfig
 from proma_megatron.data.arithmetic import generate_problems
 from proma_megatron.errors import ConfigError
 from proma_megatron.rewards.gsm8k import gsm8k

@@ -18,7 +18,7 @@ from support.gradients import TINY
 from support.pool import WorkerPool
 from support.slow import all_but
 
-from proma_megatron.config.sections import ModelConfig, ParallelConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
 from proma_megatron.rollout.engine import Completion, SamplingOptions
 
 VOCAB = 251

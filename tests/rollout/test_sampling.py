@@ -14,7 +14,7 @@ from support.generation import draws_from_shards
 from support.pool import WorkerPool
 from support.slow import all_but
 
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.rollout.sampling import noise, sample
 
 GRID = 4000

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_iter
 
 from benchmarks.live_bytes import LiveBytes
 from proma_megatron.batching.packing import pack
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ModelConfig
 from proma_megatron.distributed.topology import Topology, layout
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.learner.schedule import forward_backward

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.learner.gradients import denominator
 from proma_megatron.projection import sizes
 from proma_megatron.types import TrainingSequence

@@ -20,7 +20,8 @@ from proma_megatron.checkpoints.compatibility import layout_of, optimizer_of, sh
 from proma_megatron.checkpoints.loading import load_checkpoint
 from proma_megatron.checkpoints.saving import Retention, Saved, Saver
 from proma_megatron.checkpoints.sharded import Contents
-from proma_megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.trainer import OptimizerConfig
 from proma_megatron.distributed.topology import Topology, layout
 from proma_megatron.errors import ConfigError, StorageError
 from proma_megatron.learner.optimizer import Optimizer

@@ -15,7 +15,8 @@ from unittest import mock
 
 import torch
 
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.learner.gradients import denominator, replica_share
 from proma_megatron.learner.schedule import forward_backward
 from proma_megatron.losses.options import UNIT

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.gradients import denominator
 from proma_megatron.learner.schedule import forward_backward

@@ -29,7 +29,7 @@ from unittest import mock
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from proma_megatron.config.sections import ProcessConfig
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.processes import entry
 from proma_megatron.processes.failures import LAUNCHED, first_error, forget_earlier
 from proma_megatron.processes.stopping import read_stop

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config.sections import ModelConfig, ParallelConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.schedule import evaluate_logprobs, forward_backward
 from proma_megatron.losses.options import UNIT

@@ -15,7 +15,8 @@ from benchmarks.cost import ways
 from benchmarks.cost.settings import Effort
 from benchmarks.gpu import rank
 from benchmarks.gpu.settings import Setting
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.gradients import accumulate, denominator, replica_share
 from proma_megatron.learner.schedule import forward_backward

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.gradients import denominator, projected_gradients, replica_share
 from proma_megatron.learner.schedule import forward_backward

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.errors import ConfigError
 

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 
 from proma_megatron.config.loading import validate_config
+from proma_megatron.config.model import ModelConfig, ParallelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ModelConfig, ParallelConfig
 from proma_megatron.distributed.topology import Topology, layout
 from proma_megatron.learner.divergences import Divergences
 from proma_megatron.learner.learner import Learner

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from proma_megatron.batching.batch_file import read_batch
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Topology, layout
 from proma_megatron.learner import minibatch
 from proma_megatron.learner.gradients import projected_gradients

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 
 
 def complement(

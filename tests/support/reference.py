@@ -24,7 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from proma_megatron.config.sections import ModelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.types import TrainingSequence
 from support.gradients import VOCAB, Batch, random_weights
 from support.paper import complement, deflated, isopo_advantages

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from proma_megatron.config.sections import ModelConfig, ParallelConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.model.build import build_policy
 from proma_megatron.weights.filling import fill

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.processes.stopping import Stops, StopSignals
 

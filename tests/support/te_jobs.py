@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.live_bytes import LiveBytes
+from proma_megatron.config.model import ModelConfig, ParallelConfig
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import ModelConfig, ParallelConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.gradients import denominator, replica_share
 from proma_megatron.learner.learner import Learner

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from proma_megatron.commands.train.command import train
 from proma_megatron.config.loading import load_config
-from proma_megatron.config.sections import ProcessConfig
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.errors import WorkerError
 from proma_megatron.processes.elastic import starting_ranks
 from proma_megatron.runs.directory import RunDir

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proma_megatron.batching.packing import loss_tokens, pack
-from proma_megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.trainer import OptimizerConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.learner.schedule import Sums, evaluate_logprobs, forward_backward

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 
 from proma_megatron.batching.packing import pack
-from proma_megatron.config.sections import ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Axis, Topology, layout
 from proma_megatron.projection.factors.contraction import Rows
 from proma_megatron.projection.factors.workspace import Workspace

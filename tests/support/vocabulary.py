@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.distributed.topology import layout
 from proma_megatron.model import logprobs as module
 

@@ -24,7 +24,8 @@ from support.te_jobs import (
 )
 from support.te_pool import TransformerEnginePool
 
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 
 pytestmark = pytest.mark.te
 

@@ -26,7 +26,8 @@ from support.pool import WorkerPool
 from support.te_jobs import WIDE, Seen, seen
 
 from proma_megatron.config.fp8 import RECIPES, Recipe
-from proma_megatron.config.sections import ModelConfig, ParallelConfig, ProjectionConfig
+from proma_megatron.config.model import ModelConfig, ParallelConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.types import TrainingSequence
 
 # Heads of 64, two to a key head, as TE's attention kernels take them; dimensions are multiples of

@@ -15,7 +15,7 @@ from support.te_jobs import capture_check, skipped_update
 from support.te_pool import TransformerEnginePool
 
 from proma_megatron.config.loading import load_config
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.runs.checkpoint_folder import read_marker
 
 pytestmark = pytest.mark.te

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from proma_megatron.config.sections import ComputeConfig, ModelConfig
+from proma_megatron.config.model import ComputeConfig, ModelConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.weights.huggingface import read_model
 

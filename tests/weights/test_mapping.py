@@ -20,7 +20,7 @@ from support.shards import (
 )
 from support.slow import all_but
 
-from proma_megatron.config.sections import ParallelConfig
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.weights.mapping import tensor_shapes
 
 LAYOUTS = {

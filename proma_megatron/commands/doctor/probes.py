@@ -167,12 +167,9 @@ def megatron_core() -> Result:
     defer_compilation()
     import torch
 
-    from proma_megatron.config.sections import (
-        ModelConfig,
-        OptimizerConfig,
-        ParallelConfig,
-        ProjectionConfig,
-    )
+    from proma_megatron.config.model import ModelConfig, ParallelConfig
+    from proma_megatron.config.objective import ProjectionConfig
+    from proma_megatron.config.trainer import OptimizerConfig
     from proma_megatron.distributed import topology
     from proma_megatron.learner.gradients import projected_gradients
     from proma_megatron.learner.optimizer import Optimizer

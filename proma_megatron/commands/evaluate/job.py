@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from proma_megatron.config.fields import Section
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import Section
 
 
 class EvaluationJob(Section):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from proma_megatron.config.fields import Section
 from proma_megatron.config.run import RunConfig
-from proma_megatron.config.sections import Section
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from proma_megatron.config.fields import PositiveInt, Section
+from proma_megatron.config.model import ModelConfig
 from proma_megatron.config.run import GradientsConfig
-from proma_megatron.config.sections import ModelConfig, PositiveInt, Section
 
 
 class GradientJob(Section):

@@ -21,8 +21,8 @@ from proma_megatron.commands.verify.subject import (
     read_subject,
 )
 from proma_megatron.config.choices import RULES
+from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.run import GradientsConfig
-from proma_megatron.config.sections import ParallelConfig
 from proma_megatron.distributed.devices import choose_device, describe, ranks_on
 from proma_megatron.errors import ConfigError
 from proma_megatron.processes.ranks import already_started, job_folder, run_on_ranks

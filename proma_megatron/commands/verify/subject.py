@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proma_megatron.config.loading import gradients_config, load_config
+from proma_megatron.config.model import ComputeConfig, ModelConfig, ParallelConfig
 from proma_megatron.config.run import GradientsConfig, RunConfig, check_layout
-from proma_megatron.config.sections import ComputeConfig, ModelConfig, ParallelConfig, ProcessConfig
+from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.types import TrainingSequence
 from proma_megatron.weights.huggingface import read_model

@@ -20,7 +20,7 @@ from typing import Never
 
 import torch
 
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Axis
 from proma_megatron.projection.capture import Capture
 from proma_megatron.projection.diagnostics import Tally

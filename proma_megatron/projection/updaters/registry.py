@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Axis
 from proma_megatron.projection.updaters.intra_proma import Deflating
 from proma_megatron.projection.updaters.isopo import Preconditioning

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paper import deflated, dominant_projector
 
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.projection import sizes
 from proma_megatron.projection.rules.intra_proma import (
     Sides,

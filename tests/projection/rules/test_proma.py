@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paper import complement, project_to_complement
 
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.projection.rules.proma import Outcome, solve, solve_vectors
 
 RULES = ["exact", "iterative", "ridge"]

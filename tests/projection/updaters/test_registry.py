@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from proma_megatron.config.sections import ProjectionConfig
+from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Axis
 from proma_megatron.projection.updaters.registry import UPDATERS, make_updater
 
