@@ -80,7 +80,7 @@ def test_the_stopwatch_tells_of_its_phases() -> None:
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from proma_megatron.config.sections import PhaseMinutes
+from proma_megatron.config.trainer import PhaseMinutes
 from proma_megatron.processes.watchdog import Phases, Watchdog
 
 rank, logs = int(sys.argv[1]), Path(sys.argv[2])

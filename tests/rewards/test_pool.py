@@ -77,7 +77,7 @@ TRAINER = """
 import multiprocessing
 from pathlib import Path
 
-from proma_megatron.config.sections import RewardConfig
+from proma_megatron.config.rollout import RewardConfig
 from proma_megatron.rewards.pool import Scorer
 
 
