@@ -228,7 +228,7 @@ def backward_without_waiting(
                 microbatch.advantages.sum().item()
 
         def ended() -> None:
-            index = accumulator._now().microbatch.index
+            index = accumulator.groups.microbatch.index
             end()
             torch.cuda.set_sync_debug_mode("default")
             looked.append(index)

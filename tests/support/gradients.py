@@ -24,7 +24,7 @@ from proma_megatron.losses.policy_loss import policy_loss
 from proma_megatron.model.build import build_policy
 from proma_megatron.model.logprobs import vocab_parallel_logprobs
 from proma_megatron.model.policy import Policy
-from proma_megatron.projection import accumulator as accumulator_module
+from proma_megatron.projection import grouping
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.capture import Capture
 from proma_megatron.projection.updaters import sums
@@ -209,7 +209,7 @@ def gradients_without_waiting(
     batch: Batch,
 ) -> dict[str, torch.Tensor]:
     """As `gradients`, but short vectors are finished with their layer."""
-    with mock.patch.object(accumulator_module, "LATE_BYTES", 0):
+    with mock.patch.object(grouping, "LATE_BYTES", 0):
         return gradients(device, model, parallel, projection, batch)
 
 
@@ -241,8 +241,7 @@ def gradients_after_a_broken_step(
             earlier = replica_share(batch[::-1], 0, 1, policy, total)
             forward_backward(policy, earlier, UNIT, accumulator=accumulator)
         assert projected == 13
-        assert accumulator._pending
-        assert accumulator._late
+        assert accumulator.groups.waiting
         accumulator.solver.take = take
         microbatches = replica_share(batch, 0, 1, policy, total)
         forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
