@@ -1,8 +1,9 @@
-"""The advantages of a batch, by the estimator that the configuration names."""
+"""The function of each estimator; `config.choices` has what a configuration must know of it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 from proma_megatron.advantages.group import group_relative
 from proma_megatron.advantages.leave_one_out import leave_one_out
@@ -11,6 +12,45 @@ from proma_megatron.advantages.rloo import rloo
 from proma_megatron.advantages.stratified import stratified
 from proma_megatron.config.objective import AdvantageConfig
 from proma_megatron.types import RolloutGroup, ScoredRollout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What advantages are estimated from: a whole batch, over all replicas."""
+
+    groups: Sequence[RolloutGroup]
+    rewards: Sequence[Sequence[float]]  # of each group's samples
+    config: AdvantageConfig
+    normalize_std: bool  # whether to divide by a standard deviation
+
+
+Estimator = Callable[[Batch], list[list[float]]]  # one advantage a sample, by group
+
+
+def _by_group(estimate: Callable[[Sequence[float], bool], list[float]]) -> Estimator:
+    """Return the estimator that takes the rewards of one group after the other."""
+    return lambda batch: [estimate(values, batch.normalize_std) for values in batch.rewards]
+
+
+def _stratified(batch: Batch) -> list[list[float]]:
+    return [
+        stratified(
+            values,
+            [stratum(sample, batch.config.stratum) for sample in group.samples],
+            batch.config.blend,
+            batch.normalize_std,
+        )
+        for group, values in zip(batch.groups, batch.rewards, strict=True)
+    ]
+
+
+ESTIMATOR_FUNCTIONS: Mapping[str, Estimator] = {
+    "group": _by_group(group_relative),
+    "rloo": _by_group(lambda rewards, _: rloo(rewards)),
+    "leave_one_out": _by_group(leave_one_out),
+    "reinforce_plus_plus": lambda batch: reinforce_plus_plus(batch.rewards, batch.normalize_std),
+    "stratified": _stratified,
+}
 
 
 def advantages(
@@ -24,29 +64,14 @@ def advantages(
     Args:
         groups: of the whole batch, over all replicas: reinforce_plus_plus takes its scale there.
         rewards: of each group's samples; apart, as a KL penalty may have changed them.
-        config: which estimator; `algorithms.normalizes_std` says what its null stands for.
+        config: which estimator; `config.sections.normalizes_std` says what its null stands for.
         normalize_std: whether to divide by a standard deviation. rloo never does.
     """
     for group, values in zip(groups, rewards, strict=True):
         if len(group.samples) != len(values):
             raise ValueError(f"a group of {len(group.samples)} samples has {len(values)} rewards")
-    if config.estimator == "group":
-        return [group_relative(values, normalize_std) for values in rewards]
-    if config.estimator == "leave_one_out":
-        return [leave_one_out(values, normalize_std) for values in rewards]
-    if config.estimator == "rloo":
-        return [rloo(values) for values in rewards]
-    if config.estimator == "reinforce_plus_plus":
-        return reinforce_plus_plus(rewards, normalize_std)
-    return [
-        stratified(
-            values,
-            [stratum(sample, config.stratum) for sample in group.samples],
-            config.blend,
-            normalize_std,
-        )
-        for group, values in zip(groups, rewards, strict=True)
-    ]
+    batch = Batch(groups, rewards, config, normalize_std)
+    return ESTIMATOR_FUNCTIONS[config.estimator](batch)
 
 
 def stratum(sample: ScoredRollout, key: str) -> Hashable:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from proma_megatron.losses import gspo
+from proma_megatron.config.choices import LOSSES
 from proma_megatron.losses.options import LossOptions
-from proma_megatron.losses.ratios import clip, token_ratios
+from proma_megatron.losses.ratios import clip
+from proma_megatron.losses.registry import ratios_of
 from proma_megatron.types import Microbatch
 
 
@@ -15,8 +16,9 @@ def clipped_tokens(
 ) -> torch.Tensor:
     """(T,) bool: loss tokens that clipping acts on.
 
-    Of ppo, grpo, dr_grpo and gspo those without a gradient, for their ratio left the range on the
-    side that their advantage pushes to; of cispo those whose weight is bounded.
+    Of a loss that clips by the advantage's sign, those whose ratio left the range on the side that
+    their advantage pushes to, where PPO's have no gradient; of others, those whose weight is
+    bounded.
 
     Args:
         logprobs: (T,) of the labels, without gradient.
@@ -26,12 +28,9 @@ def clipped_tokens(
         return torch.zeros_like(counted)
     logprobs = torch.where(counted, logprobs, 0.0).double()
     old = torch.where(counted, microbatch.old_logprobs, 0.0)
-    if options.kind == "gspo":
-        ratios = gspo.token_ratios(logprobs, old, microbatch.loss_mask, microbatch.sequences)
-    else:
-        ratios = token_ratios(logprobs, old)
+    ratios = ratios_of(options.kind, logprobs, old, microbatch)
     within = clip(ratios, options.clip_low, options.clip_high)
-    if options.kind == "cispo":
+    if not LOSSES[options.kind].sign_dependent:
         return counted & (within != ratios)
     advantages = microbatch.sequences.per_token(microbatch.advantages)
     return counted & (within * advantages < ratios * advantages)

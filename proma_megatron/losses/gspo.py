@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from proma_megatron.losses.ppo import clipped_surrogate
 from proma_megatron.types import Sequences
-
-__all__ = ["clipped_surrogate", "sequence_ratios", "token_ratios"]
 
 
 def sequence_ratios(

@@ -8,20 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from proma_megatron.losses import cispo, dr_grpo, grpo, gspo, kl, ppo, reinforce
+from proma_megatron.losses import kl
 from proma_megatron.losses.entropy import entropy_loss
 from proma_megatron.losses.options import LossOptions
-from proma_megatron.losses.ratios import token_ratios
+from proma_megatron.losses.registry import Likelihood, Surrogate, find_loss, ratios_of
 from proma_megatron.types import Microbatch
-
-# What is maximized is a function of ratio and advantage; the ratio differs for gspo.
-_SURROGATES = {
-    "ppo": ppo.clipped_surrogate,
-    "grpo": grpo.clipped_surrogate,
-    "dr_grpo": dr_grpo.clipped_surrogate,
-    "gspo": gspo.clipped_surrogate,
-}
-_LIKELIHOODS = ("reinforce", "cispo", "supervised")  # log pi with weights without gradient
 
 
 def token_advantages(microbatch: Microbatch) -> torch.Tensor:
@@ -57,8 +48,9 @@ def policy_loss(
         ValueError: a loss that doesn't exist, that a unit loss can't be, or whose reference
             log-probabilities are missing.
     """
+    function = find_loss(options.kind)
     if options.unit:
-        _check_unit(options)
+        _check_unit(function, options)
     counted = microbatch.loss_mask > 0
 
     def of_counted(values: torch.Tensor) -> torch.Tensor:
@@ -68,23 +60,17 @@ def policy_loss(
     weights = (microbatch.loss_mask * microbatch.weights).to(logprobs.dtype)
     weights = weights / microbatch.denominator
     logprobs, old = of_counted(logprobs), of_counted(microbatch.old_logprobs)
-    if options.kind == "gspo":
-        ratios = gspo.token_ratios(logprobs, old, microbatch.loss_mask, microbatch.sequences)
-    else:
-        ratios = token_ratios(logprobs, old)
+    ratios = ratios_of(options.kind, logprobs, old, microbatch)
     advantages = token_advantages(microbatch).to(logprobs.dtype)
 
-    if options.unit or options.kind in _LIKELIHOODS:
-        factors = weights * _likelihood_weights(ratios, options)
+    if options.unit or isinstance(function, Likelihood):
+        factors = weights * _likelihood_weights(function, ratios, options)
         if not options.unit and options.kind != "supervised":
             factors = factors * advantages
         loss = -(factors * logprobs).sum()
-    elif options.kind in _SURROGATES:
-        surrogate = _SURROGATES[options.kind]
-        low, high = options.clip_low, options.clip_high
-        loss = -(weights * surrogate(ratios, advantages, low, high, options.dual_clip)).sum()
     else:
-        raise ValueError(f"unknown loss {options.kind!r}")
+        low, high = options.clip_low, options.clip_high
+        loss = -(weights * function.value(ratios, advantages, low, high, options.dual_clip)).sum()
 
     if options.entropy:
         loss = loss + entropy_loss(of_counted(entropy), weights, options.entropy)
@@ -95,7 +81,7 @@ def policy_loss(
     return loss
 
 
-def _check_unit(options: LossOptions) -> None:
+def _check_unit(function: Likelihood | Surrogate, options: LossOptions) -> None:
     """Whether advantages times the gradients of sequences can be this loss's gradient."""
     clips = {
         "clip_low": options.clip_low,
@@ -103,7 +89,7 @@ def _check_unit(options: LossOptions) -> None:
         "dual_clip": options.dual_clip,
     }
     for name, value in clips.items():
-        if options.kind in _SURROGATES and value is not None:
+        if isinstance(function, Surrogate) and value is not None:
             raise ValueError(
                 f"unit loss {options.kind!r} with {name}={value}: it clips by the advantage's "
                 "sign, which a unit loss does not know"
@@ -116,17 +102,13 @@ def _check_unit(options: LossOptions) -> None:
             )
 
 
-def _likelihood_weights(ratios: torch.Tensor, options: LossOptions) -> torch.Tensor:
+def _likelihood_weights(
+    function: Likelihood | Surrogate, ratios: torch.Tensor, options: LossOptions
+) -> torch.Tensor:
     """u (T,): what log-probabilities are weighted with, whatever the advantage."""
-    if options.kind == "supervised":
-        return torch.ones_like(ratios)
-    if options.kind == "reinforce":
-        return reinforce.token_weights(ratios, options.importance)
-    if options.kind == "cispo":
-        return cispo.token_weights(ratios, options.clip_low, options.clip_high)
-    if options.kind in _SURROGATES:
-        return ratios.detach()
-    raise ValueError(f"unknown loss {options.kind!r}")
+    if isinstance(function, Likelihood):
+        return function.weights(ratios, options)
+    return ratios.detach()  # the gradient of r A is r A times that of log pi
 
 
 def _reference(microbatch: Microbatch, options: LossOptions) -> torch.Tensor:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
+from proma_megatron.config.choices import REWARDS, RewardFacts
 from proma_megatron.config.rollout import RewardConfig
 from proma_megatron.errors import ConfigError, RewardError
 from proma_megatron.processes.stopping import unasked_children
@@ -45,8 +46,8 @@ _LOOK_SECONDS = 1.0  # how often to see whether the pool is still there
 class Scorer:
     """Gives rollouts their rewards; the processes start with the first that need them.
 
-    "gsm8k" with its own form of an answer takes time in proportion to the text, microseconds, and
-    is scored right here.
+    A quick function with its own form of an answer takes time in proportion to the text,
+    microseconds, and scores right here.
     """
 
     def __init__(self, config: RewardConfig, max_new_tokens: int) -> None:
@@ -55,6 +56,8 @@ class Scorer:
             max_new_tokens: the length limit of completions, where the overlong penalty is full.
         """
         self._config = config
+        # Of a user's function nothing is known.
+        self._facts = REWARDS.get(config.function, RewardFacts())
         self._limit = max_new_tokens
         self._pool: ProcessPool | None = None
 
@@ -72,7 +75,7 @@ class Scorer:
         """
         from proma_megatron.types import ScoredRollout  # loads torch
 
-        if self._config.function == "gsm8k" and self._config.format_pattern is None:
+        if self._facts.quick and self._config.format_pattern is None:
             verdicts = self._judge_here(rollouts)
         else:
             verdicts = self._judge_in_pool(rollouts)
@@ -161,7 +164,7 @@ class Scorer:
             config = self._config
             context = mp.get_context("forkserver")
             # Of a user's module nobody knows whether it may be imported before a fork.
-            own = ["math_verify"] if config.function == "math" else []
+            own = [] if self._facts.imports is None else [self._facts.imports]
             context.set_forkserver_preload([__name__, *own])
             judge = (config.function, config.format_pattern)
             with unasked_children():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from proma_megatron.config.choices import expected_reward
 from proma_megatron.config.rollout import RewardConfig
 from proma_megatron.data.answers import final_answer, parse_number
 from proma_megatron.errors import ConfigError
@@ -28,8 +29,6 @@ if TYPE_CHECKING:  # it loads torch
 
 RewardFunction = Callable[[str, str, str], float]  # (prompt, completion, reference) -> score
 
-_EXPECTED = "expected 'gsm8k', 'math' or 'package.module:function'"
-
 
 @dataclass(frozen=True)
 class BuiltIn:
@@ -41,6 +40,7 @@ class BuiltIn:
     expects: str  # of a reference
 
 
+# With the keys of `choices.REWARDS`.
 BUILT_IN = {
     "gsm8k": BuiltIn(
         gsm8k,
@@ -68,7 +68,7 @@ def load_reward(spec: str) -> RewardFunction:
     key = f"reward.function is '{spec}'"
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
-        raise ConfigError(f"{key}, {_EXPECTED}")
+        raise ConfigError(f"{key}, expected {expected_reward()}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way while it is imported
