@@ -28,6 +28,7 @@ from benchmarks.projection import positive
 from proma_megatron.config.run import GradientsConfig
 from proma_megatron.distributed.devices import check_backend, choose_device
 from proma_megatron.errors import ConfigError, StoppedError
+from proma_megatron.processes import logs
 
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -109,6 +110,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    logs.configure()
     try:
         run(options_of())
     except (ConfigError, StoppedError) as error:

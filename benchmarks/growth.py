@@ -23,6 +23,7 @@ from benchmarks.cost.ranks import run_settings
 from benchmarks.cost.results import Results, Row
 from benchmarks.cost.settings import Effort, Setting, Shape
 from proma_megatron.errors import ConfigError, StoppedError
+from proma_megatron.processes import logs
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -163,6 +164,7 @@ def _panel(
 
 
 def main() -> None:
+    logs.configure()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -23,6 +23,7 @@ from proma_megatron.config.fields import Section
 from proma_megatron.config.loading import validate_config
 from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.run import RunConfig
+from proma_megatron.processes import logs
 from proma_megatron.processes.ranks import run_on_ranks
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def write_model(path: Path, hidden: int, layers: int, vocabulary: int) -> None:
 
 
 def main() -> None:
+    logs.configure()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=1)

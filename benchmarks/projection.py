@@ -21,6 +21,7 @@ from benchmarks.cost.ranks import run_settings
 from benchmarks.cost.results import Results
 from benchmarks.cost.settings import MICROBATCHES, WAYS, Effort, Setting, grid
 from proma_megatron.errors import ConfigError, StoppedError
+from proma_megatron.processes import logs
 
 QUICK = {"tensor": [1], "tokens": [64, 256], "sequences": [1, 8], "ends": "untied"}
 ENDS = {"tied": [True], "untied": [False], "both": [False, True]}
@@ -92,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    logs.configure()
     try:
         run(options_of())
     except (ConfigError, StoppedError) as error:

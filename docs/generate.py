@@ -7,7 +7,7 @@ configuration, ``reference/cli.md`` from the commands. `tests/test_docs.py` hold
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -172,6 +172,11 @@ def _commands(group: typer.Typer, path: str) -> Iterator[str]:
     callbacks = {_name(info): info.callback for info in group.registered_commands}
     groups = {info.name: info.typer_instance for info in group.registered_groups}
     yield f"{built.help}\n" if built.help else ""
+    if group.registered_callback is not None:
+        hints = get_type_hints(group.registered_callback.callback)
+        options = [one for one in built.params if one.name in hints]
+        yield f"Of every command, before its name, as in `{path} --quiet train`:\n"
+        yield from _option_table(options, hints)
     for name, command in built.commands.items():
         if (inner := groups.get(name)) is not None:
             yield f"## `{path} {name}`\n"
@@ -199,12 +204,16 @@ def _command(command: Any, path: str, hints: dict[str, Any]) -> Iterator[str]:
             yield f"| `{_shown(one)}` | {_value(hints[one.name], one)} | {_cell(one.help or '')} |"
         yield ""
     if options:
-        yield "| option | value | default | meaning |\n|---|---|---|---|"
-        for one in options:
-            names = ", ".join(f"`{name}`" for name in one.opts)
-            value = _value(hints[one.name], one)
-            yield f"| {names} | {value} | {_option_default(one)} | {_cell(one.help or '')} |"
-        yield ""
+        yield from _option_table(options, hints)
+
+
+def _option_table(options: Sequence[Any], hints: dict[str, Any]) -> Iterator[str]:
+    yield "| option | value | default | meaning |\n|---|---|---|---|"
+    for one in options:
+        names = ", ".join(f"`{name}`" for name in one.opts)
+        value = _value(hints[one.name], one)
+        yield f"| {names} | {value} | {_option_default(one)} | {_cell(one.help or '')} |"
+    yield ""
 
 
 def _shown(argument: Any) -> str:

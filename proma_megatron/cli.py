@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ import typer
 from proma_megatron.config.constants import EXIT_STOPPED
 from proma_megatron.errors import ConfigError, RunError, RunStopped, WorkerError
 from proma_megatron.launching.cli import app as launch
+from proma_megatron.processes import logs
 
 app = typer.Typer(
     help="PROMA: proximal policy updates by projected microbatch accumulation, on Megatron-Core.",
@@ -25,9 +27,24 @@ app = typer.Typer(
 app.add_typer(launch, name="launch")
 
 
+logger = logging.getLogger("proma_megatron.cli")  # also where this file is ``__main__``
+
+
 @app.callback()
-def _root() -> None:
-    """Keep `train` a subcommand of its own."""
+def _root(
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show results and errors only.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            help="Show also what processes do; of a run, keep it in logs/rank<r>.log, too.",
+        ),
+    ] = False,
+) -> None:
+    if quiet and verbose:
+        raise ConfigError("--quiet can't be combined with --verbose; choose one")
+    if quiet or verbose:
+        logs.configure("ERROR" if quiet else "DEBUG")
 
 
 @app.command()
@@ -268,19 +285,20 @@ def _typed() -> str:
 def main() -> None:
     """Entry point: config errors are one sentence and exit code 2, failures exit code 1."""
     try:
+        logs.configure()
         app(standalone_mode=True)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same fault
-            print(f"error: {error}", file=sys.stderr)
+            logger.error("error: %s", error)
         sys.exit(2)
     except Exception as error:
         if isinstance(error, RunStopped):
             if os.environ.get("RANK", "0") == "0":
-                print(error, file=sys.stderr)
+                logger.error("%s", error)
             sys.exit(EXIT_STOPPED)
         if not isinstance(error, WorkerError | RunError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        logger.error("error: %s", error)
         sys.exit(1)
 
 

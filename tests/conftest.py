@@ -8,11 +8,13 @@ from support.forked import end_all
 from support.pool import WorkerPool
 from support.pooled import PooledStarter
 
+from proma_megatron.processes import logs
 from proma_megatron.processes.elastic import starting_ranks
 
 # As in ranks. A second thread waits for the first more than it helps with matrices this small: the
 # tests of the rules take twice as long with it, and more where other processes want its core.
 torch.set_num_threads(1)
+logs.configure()  # as the entry of a command does
 
 # Fixtures whose tests have processes other than pytest's own. Those that get them from one of these
 # (`in_pool`, for one) need no name here.

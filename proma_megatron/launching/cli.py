@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from proma_megatron.launching.stages import Stage
     from proma_megatron.launching.submitted import Submitted, SubmittedJob
     from proma_megatron.planning.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="Train on a Slurm cluster through NeMo-Run, and look after what was submitted.",
@@ -80,7 +83,7 @@ def slurm(
     stages = _stages(configs, evaluate, samples, export)
     notes = [left_behind(site), *_notes(stages, site)]
     for note in dict.fromkeys(note for note in notes if note):
-        _say(f"warning: {note}")
+        logger.warning("warning: %s", note)
     from proma_megatron.launching.experiments import dry_run as show
     from proma_megatron.launching.experiments import submit  # which imports NeMo-Run: seconds
 
@@ -89,7 +92,7 @@ def slurm(
         return
     for name, plan in _plans(stages, site).items():
         if not plan.fits:
-            _say(
+            logger.warning(
                 f"warning: {name} needs {plan.needed / 2**30:.1f} GiB of a GPU by `proma plan`, "
                 f"which may use {site.gpu_memory:g}; --dry-run says what would save some"
             )
@@ -184,7 +187,7 @@ def cancel(id: Annotated[str, typer.Argument(metavar="ID")], job: _Job = None) -
         for one, state in zip(jobs, ask(connection, jobs), strict=True):
             _say(f"{one.name}, job {one.id}: {state}")
     if refused:
-        _say(refused)
+        logger.error("%s", refused)
         sys.exit(1)
 
 
@@ -262,7 +265,7 @@ def _asked_for(stages: Sequence[Stage], site: Cluster) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    logger.info("%s", text)
 
 
 def _show_dry_run(scripts: Sequence[Script], site: Cluster) -> None:

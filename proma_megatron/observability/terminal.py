@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 MAX_LINE = 119  # characters of a plain line
 
@@ -79,7 +82,8 @@ class Display:
             speed_estimate_period=_SPEED_WINDOW_SECONDS,
         )
         self._live: Live | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        live = self._console.is_terminal and not self._console.is_dumb_terminal
+        if live and logger.isEnabledFor(logging.INFO):
             self._live = Live(self._progress, console=self._console, refresh_per_second=2)
         self._kept = ""
 
@@ -187,9 +191,12 @@ class Display:
         return whole
 
     def _print(self, text: str) -> None:
+        logger.info("%s", text, extra={"show": self._show})
+
+    def _show(self, line: str) -> None:
         # soft_wrap: a line of a log is one line, however narrow rich thinks that the file is. Rich
         # flushes after each print.
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(line), soft_wrap=True)
 
 
 def _seconds(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -18,6 +18,8 @@ from proma_megatron.processes.failures import LAUNCHED, first_error, forget_earl
 from proma_megatron.processes.signals import Forwarder
 from proma_megatron.processes.stopping import read_stop, write_stop
 
+logger = logging.getLogger(__name__)
+
 _END_SECONDS = 3  # from a SIGTERM to a rank, once another one has failed, to SIGKILL
 
 
@@ -61,6 +63,7 @@ def start_ranks(
         StoppedError: a signal ended the launcher.
     """
     start = _starter.get() or _start_by_elastic
+    logger.debug("%s ranks of %s %s; logs in %s", count, module, " ".join(arguments), logs)
     start(
         module,
         arguments,

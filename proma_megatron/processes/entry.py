@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+from proma_megatron.processes import logs
 from proma_megatron.processes.failures import LAUNCHED
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -71,6 +72,7 @@ def end_with_launcher() -> None:
 def main() -> None:
     _, module, *arguments = sys.argv
     end_with_launcher()
+    logs.configure()
     defer_compilation()
     importlib.import_module(module).main(arguments)
 

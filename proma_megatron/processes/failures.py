@@ -7,6 +7,7 @@ stacks of ranks that hung, crashed or were ended with it are in ``stacks/``, see
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,8 @@ from proma_megatron.files import write_once
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+logger = logging.getLogger(__name__)
+
 LAUNCHED = "PROMA_LAUNCHER"  # in the environment of ranks that our own launcher started: its pid
 
 
@@ -51,7 +54,7 @@ def fail(logs: Path | None, error: BaseException) -> NoReturn:
         if not expected:
             traceback.print_exception(error)
         else:
-            print(in_words(error), file=sys.stderr)
+            logger.error("%s", in_words(error))
     sys.stdout.flush()
     sys.stderr.flush()
     end(2 if isinstance(error, ConfigError) else 1)

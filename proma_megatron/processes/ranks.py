@@ -12,6 +12,7 @@ and its `main` is the one below. Under torchrun or srun the ranks are there alre
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shutil
 import sys
@@ -39,6 +40,8 @@ from proma_megatron.processes.slurm import adopt_slurm
 if TYPE_CHECKING:
     from proma_megatron.distributed.topology import Topology
 
+
+logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"  # in the folder of a job: what was run, and what came out
 
@@ -162,7 +165,7 @@ def job_folder(purpose: str) -> Iterator[Path]:
         if isinstance(error, WorkerError) and not isinstance(error, StoppedError):
             for tensors in folder.rglob("*.safetensors"):
                 tensors.unlink()
-            print(f"what the ranks printed is in {folder}", file=sys.stderr)
+            logger.error("what the ranks printed is in %s", folder)
         else:
             shutil.rmtree(folder)
         raise
@@ -170,9 +173,9 @@ def job_folder(purpose: str) -> Iterator[Path]:
 
 
 def say(text: str) -> None:
-    """Print a line for the person at the terminal; standard output is for results."""
+    """Tell the person at the terminal, once; standard output is for results."""
     if is_first_rank():
-        print(text, file=sys.stderr, flush=True)
+        logger.info("%s", text)
 
 
 # --------------------------------------------------------------------------- the ranks
@@ -249,6 +252,7 @@ def on_layout[Result](
     with process_group(device_type, minutes) as device:
         try:
             with layout(config.parallel, device, config.seed, minutes) as topology:
+                logger.debug("%s, on %s", describe(config.parallel), device)
                 try:
                     return run(topology)
                 except BaseException as error:  # before the groups go, and the peers fail of it

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import MutableMapping
 
 from proma_megatron.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
@@ -30,6 +33,8 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
         environment["MASTER_ADDR"] = _first_node(environment)
     # Two jobs on one node must not meet.
     environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    logger.debug("task %s of %s, to meet at %s", environment["RANK"], tasks, where)
 
 
 def _first_node(environment: MutableMapping[str, str]) -> str:

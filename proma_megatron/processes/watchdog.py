@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import multiprocessing
 import os
 import signal
@@ -37,6 +38,8 @@ from typing import Self
 from proma_megatron.config.trainer import PhaseMinutes
 from proma_megatron.errors import HangError
 from proma_megatron.processes.failures import LAUNCHED, end, in_words, record_error, stacks_folder
+
+logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
 _STALL_SECONDS = 5.0  # a look that comes this much later: the whole process was suspended
@@ -93,6 +96,7 @@ class Phases:
         before = self._open
         minutes = self._limits.get(_ALIASES.get(name, name))
         self._open = (*before, _Phase(name, self._clock(), minutes))
+        logger.debug("%s", self)
         self.changed()
         try:
             yield

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from proma_megatron.config.pretrained import CONFIG
 from proma_megatron.errors import ConfigError
 from proma_megatron.weights.huggingface import INDEX
+
+logger = logging.getLogger(__name__)
 
 
 def _plan(
@@ -52,7 +54,7 @@ def _write(
             size += value.nbytes
         save_file(content, out / file, metadata={"format": "pt"})
         shutil.copymode(out / CONFIG, out / file)  # safetensors lets nobody else read it
-        print(f"{number} of {len(files)} files", file=sys.stderr, flush=True)
+        logger.info("%s of %s files", number, len(files))
     for name, _ in tensors:
         raise AssertionError(f"{name} belongs to no file")
     if len(files) > 1:

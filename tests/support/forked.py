@@ -30,7 +30,7 @@ from unittest import mock
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from proma_megatron.config.trainer import ProcessConfig
-from proma_megatron.processes import entry
+from proma_megatron.processes import entry, logs
 from proma_megatron.processes.failures import LAUNCHED, first_error, forget_earlier
 from proma_megatron.processes.stopping import read_stop
 
@@ -281,5 +281,6 @@ def _failure(ranks: Ranks, rank: int, code: int) -> ProcessFailure:
 
 
 def run_main(module: str, arguments: Sequence[str]) -> None:
-    """What `startup` does with its arguments."""
+    """Do what `processes.entry` does with its arguments."""
+    logs.configure()
     importlib.import_module(module).main(arguments)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 import time
 
 from rich.console import Console
@@ -20,8 +20,11 @@ from proma_megatron.commands.compare.state import Todo, todo
 from proma_megatron.config.pretrained import CONFIG
 from proma_megatron.config.run import RunConfig
 from proma_megatron.errors import ConfigError
+from proma_megatron.processes.logs import STDOUT
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.runs.directory import RunDir, prepare_run_dir
+
+logger = logging.getLogger(__name__)
 
 
 def compare(comparison: Comparison, *, overwrite: bool, command: str) -> None:
@@ -46,11 +49,9 @@ def compare(comparison: Comparison, *, overwrite: bool, command: str) -> None:
         _make_all(comparison, runs, command)
     except BaseException:  # Ctrl-C, too
         again = "without --overwrite " if overwrite else ""
-        print(
+        logger.error(
             f"the comparison is not complete; the same command {again}continues it, and "
-            "--algorithms leaves out one that can't be run",
-            file=sys.stderr,
-            flush=True,
+            "--algorithms leaves out one that can't be run"
         )
         raise
     files = draw_comparison(comparison, command)
@@ -135,7 +136,7 @@ def _from_one_policy(comparison: Comparison) -> tuple[Planned, ...]:
         return comparison.runs
     if todo(initial) is not Todo.NOTHING:
         _remove_policy(comparison)
-        print("the policy that all runs start from:", flush=True)
+        logger.info("the policy that all runs start from:", extra=STDOUT)
         _train(initial, todo(initial))
     if not (comparison.policy / CONFIG).is_file():
         from proma_megatron.commands.export import command as job
@@ -170,12 +171,13 @@ def _make_all(comparison: Comparison, runs: tuple[Planned, ...], command: str) -
         state = left[planned.label]
         place = f"run {number} of {len(runs)}: {planned.label}"
         if state is Todo.NOTHING:
-            print(f"{place}, {state.value}", flush=True)
+            logger.info(f"{place}, {state.value}", extra=STDOUT)
             continue
-        print(place if state is Todo.START else f"{place}, {state.value}", flush=True)
+        told = place if state is Todo.START else f"{place}, {state.value}"
+        logger.info(told, extra=STDOUT)
         _train(planned.config, state)
         draw_comparison(comparison, command)
-        print(f"{place}, done {clock.tick()}", flush=True)
+        logger.info(f"{place}, done {clock.tick()}", extra=STDOUT)
 
 
 def _train(config: RunConfig, state: Todo) -> None:

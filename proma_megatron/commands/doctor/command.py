@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from proma_megatron.config.loading import load_config
 from proma_megatron.config.run import RunConfig, check_data_files, check_model_files
 from proma_megatron.distributed import libraries
 from proma_megatron.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Without these no run starts, whatever its configuration.
 NEEDED = ("machine", "torch", "megatron-core", "sentencepiece")
@@ -58,7 +61,8 @@ def doctor(
         ConfigError: the file doesn't configure a run.
     """
     config = None if path is None else load_config(path, overrides)
-    with Console(stderr=True).status("trying every part, each in a process of its own"):
+    shown = Console(stderr=True, quiet=not logger.isEnabledFor(logging.INFO))
+    with shown.status("trying every part, each in a process of its own"):
         found = diagnose(config, gpus_per_node)
     if as_json:
         print(json.dumps(found.as_dict()))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from proma_megatron.distributed.topology import Topology
 from proma_megatron.evaluation.evaluate import Evaluation, evaluate
 from proma_megatron.files import atomic_write, write_rows
 from proma_megatron.rewards.pool import Scorer
+
+logger = logging.getLogger(__name__)
 
 JOB = EvaluationJob
 
@@ -30,7 +32,7 @@ def run(job: EvaluationJob, topology: Topology) -> str | None:
 
     def say(text: str) -> None:
         if topology.is_main:
-            print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+            logger.info("[%6.1f s] %s", time.monotonic() - start, text)
 
     tokenizer = load_tokenizer(config, Path(os.devnull), ())
     problems = load_problems(job.data, config.data.columns)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +25,8 @@ from proma_megatron.projection.units import layer_of
 from proma_megatron.weights.filling import fill
 from proma_megatron.weights.huggingface import read_model
 
+logger = logging.getLogger(__name__)
+
 JOB = GradientJob
 
 
@@ -38,7 +40,7 @@ def run(job: GradientJob, topology: Topology) -> str | None:
 
     def progress(text: str) -> None:
         if topology.is_main:
-            print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+            logger.info("[%6.1f s] %s", time.monotonic() - start, text)
 
     batch = read_batch(job.batch, job.vocab_size)
     policy = _policy(job, batch, topology)

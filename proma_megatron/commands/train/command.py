@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -21,7 +22,8 @@ from proma_megatron.files import write_synced
 from proma_megatron.processes.elastic import start_ranks
 from proma_megatron.processes.entry import defer_compilation
 from proma_megatron.processes.failures import end, forget_earlier
-from proma_megatron.processes.ranks import say
+from proma_megatron.processes.logs import STDOUT
+from proma_megatron.processes.ranks import is_first_rank
 from proma_megatron.processes.slurm import adopt_slurm
 from proma_megatron.processes.stopping import StopSignals, clock_starts
 from proma_megatron.rewards.registry import check_references, check_reward
@@ -29,6 +31,8 @@ from proma_megatron.runs.checkpoint_folder import is_warm_start, read_marker
 from proma_megatron.runs.companions import keep_companions
 from proma_megatron.runs.directory import RunDir, prepare_run_dir, with_own_tokenizer
 from proma_megatron.weights.huggingface import conversion_note, read_model
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -62,7 +66,8 @@ def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
             run_rank(config, resume, signals)
         except RunStopped as stop:
             # At once: torchrun and `srun -K` end the ranks that are still at it when one has left.
-            say(str(stop))
+            if is_first_rank():
+                logger.error("%s", stop)
             end(int(os.environ.get(STOP_CODE, EXIT_STOPPED)))
 
 
@@ -85,7 +90,7 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
         keep_companions(config, run_dir)
     write_synced(run_dir.config, dump_config(config))
     for text in notes:
-        print(f"{config.name}: {text}", flush=True)
+        logger.info("%s: %s", config.name, text, extra=STDOUT)
     return run_dir
 
 
@@ -142,11 +147,11 @@ def _start_ranks(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     device = choose_device(config.device, workers)
     check_precision(config, device)
     run_dir = _prepare(config, resume=resume, overwrite=overwrite)
-    print(
+    logger.info(
         f"{config.name}: {workers} workers on {device}, "
         f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x "
         f"data {config.parallel.data or 1}; files in {config.run_dir}",
-        flush=True,
+        extra=STDOUT,
     )
     arguments = [str(run_dir.config)]
     if resume:

@@ -23,6 +23,7 @@ from proma_megatron.distributed.topology import layout, process_group
 from proma_megatron.errors import RunStopped
 from proma_megatron.files import written
 from proma_megatron.observability.reporter import Live, Reporter, Silent
+from proma_megatron.processes import logs
 from proma_megatron.processes.failures import fail, record_error
 from proma_megatron.processes.stopping import (
     Stops,
@@ -59,6 +60,7 @@ def run_rank(config: RunConfig, resume: bool, signals: StopSignals) -> None:
     with process_group(device_type, config.trainer.timeout_minutes) as device:
         phases = Phases(config.trainer.phase_minutes)
         try:
+            logs.keep(run_dir.logs, dist.get_rank())
             # --resume-or-start looks at the disk, and file systems of many nodes lag behind.
             answer = [resume]
             dist.broadcast_object_list(answer, src=0, device=device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from proma_megatron.config.trainer import ProcessConfig
 from proma_megatron.errors import ConfigError
 from proma_megatron.types import TrainingSequence
 from proma_megatron.weights.huggingface import read_model
+
+logger = logging.getLogger(__name__)
 
 MICROBATCHES = 4  # of each replica, at least
 
@@ -56,7 +58,7 @@ def read_subject(source: Path, overrides: Sequence[str]) -> Subject:
                 "the layout is one process, so there is nothing to compare it with; give one of "
                 "more, such as parallel.tensor=2"
             )
-        print("the layout is one process; comparing parallel.tensor=2 with it", file=sys.stderr)
+        logger.info("the layout is one process; comparing parallel.tensor=2 with it")
         two = subject.config.model_copy(update={"parallel": ParallelConfig(tensor=2)})
         subject = Subject(two, subject.model, subject.vocab_size, subject.weights)
     check_layout(subject.model, subject.config.parallel)
