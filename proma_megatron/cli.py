@@ -278,12 +278,12 @@ def compare(
 
 
 def _typed() -> str:
-    """The command as a shell would take it."""
+    """Return the command as a shell would take it."""
     return shlex.join(["proma", *sys.argv[1:]])
 
 
 def main() -> None:
-    """Entry point: config errors are one sentence and exit code 2, failures exit code 1."""
+    """Run the command line. Config errors are one sentence and exit code 2, failures are 1."""
     try:
         logs.configure()
         app(standalone_mode=True)

@@ -24,7 +24,7 @@ from proma_megatron.types import TrainingSequence
 def aggregate(
     sequences: Sequence[TrainingSequence], mode: str, constant: float
 ) -> tuple[list[TrainingSequence], float]:
-    """The sequences with weights that ``mode`` asks for, and N, which is never 0.
+    """Return the sequences with the weights that ``mode`` asks for, and N, which is never 0.
 
     Sequences without loss tokens have no loss, and don't count as sequences.
 

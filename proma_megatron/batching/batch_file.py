@@ -34,7 +34,7 @@ WORDS = ("nan", "inf", "-inf")
 
 
 def read_batch(path: Path, vocab_size: int) -> list[list[TrainingSequence]]:
-    """The sequences of each microbatch, in the order of their lines.
+    """Return the sequences of each microbatch, in the order of their lines.
 
     Raises:
         ConfigError: the file, or a line of it, is not as described above; the line is named.
@@ -76,7 +76,7 @@ def read_batch(path: Path, vocab_size: int) -> list[list[TrainingSequence]]:
 def write_batch(
     path: Path, batch: Sequence[Sequence[TrainingSequence]], logprobs: bool = False
 ) -> None:
-    """The file that `read_batch` reads back as the same sequences.
+    """Write the file that `read_batch` reads back as the same sequences.
 
     Args:
         logprobs: with log-probabilities of other policies; without, old ones are read back as 0.
@@ -94,7 +94,7 @@ def write_batch(
 
 
 def _row(sequence: TrainingSequence, logprobs: bool) -> dict[str, Any]:
-    """A line but for its microbatch."""
+    """Return a line but for its microbatch."""
     row: dict[str, Any] = {
         "tokens": sequence.tokens,
         "loss_mask": sequence.loss_mask,
@@ -112,7 +112,7 @@ def _row(sequence: TrainingSequence, logprobs: bool) -> dict[str, Any]:
 
 
 def _word(value: float) -> float | str:
-    """JSON has no other word for what is not finite."""
+    """Return the number, or the word for one that is not finite, for which JSON has none."""
     return value if math.isfinite(value) else str(float(value))
 
 
@@ -120,7 +120,7 @@ def _word(value: float) -> float | str:
 
 
 def _parse(line: str, vocab_size: int) -> tuple[int, TrainingSequence]:
-    """Microbatch and sequence of one line; ValueError with what is wrong."""
+    """Return microbatch and sequence of one line; ValueError with what is wrong."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

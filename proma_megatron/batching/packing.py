@@ -13,7 +13,7 @@ from proma_megatron.types import Microbatch, TrainingSequence
 def plan_microbatches(
     lengths: Sequence[int], budget: int, replicas: int = 1, multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Indices of sequences by replica and microbatch, balanced in tokens.
+    """Return indices of sequences by replica and microbatch, balanced in tokens.
 
     The number of microbatches is the smallest that the budget allows, rounded up so that every
     replica gets the same number, a multiple of ``multiple`` (interleaved pipelines take a multiple
@@ -45,7 +45,7 @@ def plan_microbatches(
 def consecutive_microbatches(
     count: int, size: int, replicas: int = 1, multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Indices of ``count`` sequences cut into runs of ``size``, as `plan_microbatches` gives them.
+    """Cut ``count`` sequences into runs of ``size``; return indices as `plan_microbatches` does.
 
     Empty microbatches at the end fill up what replicas and ``multiple`` ask for.
     """
@@ -67,7 +67,7 @@ def _balance(lengths: Sequence[int], budget: int, count: int) -> list[list[int]]
 
 
 def loss_tokens(sequences: Sequence[TrainingSequence]) -> int:
-    """Log-probabilities that count, over all of these sequences."""
+    """Count the log-probabilities that enter the loss, over all of these sequences."""
     return sum(sequence.loss_tokens for sequence in sequences)
 
 
@@ -78,7 +78,7 @@ def pack(
     device: torch.device,
     multiple: int = 1,
 ) -> Microbatch:
-    """Sequences one after the other, padded to a multiple of ``multiple`` tokens.
+    """Lay sequences one after the other, padded to a multiple of ``multiple`` tokens.
 
     ``multiple`` is the tensor-parallel size under sequence parallelism. An empty microbatch is
     padding alone; it keeps replicas in step.

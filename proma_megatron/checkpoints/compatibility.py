@@ -20,12 +20,12 @@ _NOT_SHAPE = {"path", "vocab_size", "init_std", *ComputeConfig.model_fields}
 
 
 def shape_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """What a marker says of a model."""
+    """Return what a marker says of a model."""
     return {**model.model_dump(mode="json", exclude=_NOT_SHAPE), "vocab_size": vocab_size}
 
 
 def check_model(path: Path, marker: Marker, model: ModelConfig, vocab_size: int | None) -> None:
-    """Whether the checkpoint is of a model of this shape; ConfigError if not.
+    """Check that the checkpoint is of a model of this shape; ConfigError if not.
 
     Args:
         vocab_size: None: not known yet, and not looked at.
@@ -40,14 +40,14 @@ def check_model(path: Path, marker: Marker, model: ModelConfig, vocab_size: int 
 
 
 def optimizer_of(model: ModelConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """What a marker says of the form in which an optimizer keeps its state."""
+    """Return what a marker says of the form in which an optimizer keeps its state."""
     return {"model.dtype": model.dtype, "optimizer.distributed": optimizer.distributed}
 
 
 def check_optimizer(
     path: Path, marker: Marker, model: ModelConfig, optimizer: OptimizerConfig
 ) -> None:
-    """Whether an optimizer of this form can go on from the checkpoint; ConfigError if not."""
+    """Check that an optimizer of this form can go on from the checkpoint; ConfigError if not."""
     for key, value in optimizer_of(model, optimizer).items():
         saved = marker.optimizer.get(key, value)
         if saved != value:
@@ -58,7 +58,7 @@ def check_optimizer(
 
 
 def layout_of(topology: Topology) -> dict[str, Any]:
-    """What a marker says of its layout. Random states mean something only in the same one."""
+    """Return what a marker says of its layout, outside of which random states mean nothing."""
     return {
         "tensor": topology.tensor.size,
         "pipeline": topology.pipeline.size,
@@ -69,7 +69,7 @@ def layout_of(topology: Topology) -> dict[str, Any]:
 
 
 def layout_in_words(layout: Mapping[str, Any]) -> str:
-    """A marker's layout for the user."""
+    """Describe a marker's layout to the user."""
     virtual = layout["virtual_pipeline"]
     parallel = ParallelConfig(
         tensor=layout["tensor"],
@@ -81,7 +81,7 @@ def layout_in_words(layout: Mapping[str, Any]) -> str:
 
 
 def why_no_scaling(marker: Marker, now: Mapping[str, Any]) -> str:
-    """Why what a checkpoint has of delayed scaling is of no use in this layout; "" if it is."""
+    """Say why a checkpoint's memory of delayed scaling is of no use in this layout; "" if it is."""
     if "scaling" not in marker.holds:
         return "has none of its memory"
     if marker.layout != now:

@@ -53,7 +53,7 @@ _INDEX_CLASSES = {
 
 
 def check_sizes(path: Path, marker: Marker) -> None:
-    """Whether every file is there with its size; reads none of them.
+    """Check that every file is there with its size, without reading any.
 
     Raises:
         StorageError: a file is missing, or not as long as it was.
@@ -68,7 +68,7 @@ def check_sizes(path: Path, marker: Marker) -> None:
 
 
 def check_contents(path: Path, marker: Marker, part: int, parts: int) -> None:
-    """Whether this part of the files is bit by bit what was written; every rank reads one.
+    """Check that this part of the files is bit by bit what was written; every rank reads one.
 
     Raises:
         StorageError: a file has changed, or can't be read.
@@ -86,7 +86,7 @@ def check_contents(path: Path, marker: Marker, part: int, parts: int) -> None:
 
 
 def check_index(path: Path) -> None:
-    """Whether the index of a checkpoint is made of nothing but an index's classes.
+    """Check that the index of a checkpoint is made of nothing but an index's classes.
 
     Raises:
         StorageError: it is not, or it is no index.
@@ -104,7 +104,7 @@ def check_index(path: Path) -> None:
 
 @contextmanager
 def plain_values_only() -> Iterator[None]:
-    """Within the ``with`` block `torch.load` builds plain values and tensors, whoever calls it.
+    """Let `torch.load` build only plain values and tensors in the ``with`` block, whoever calls it.
 
     PyTorch's checkpoint reader asks for the other kind, which would run what a file says.
     """

@@ -27,7 +27,7 @@ from proma_megatron.weights.huggingface import read_model
 
 
 def load_checkpoint(path: Path, contents: Contents) -> Marker:
-    """Read a checkpoint into the contents, in this layout; on all ranks. What it says of itself.
+    """Read a checkpoint into the contents, in this layout, on all ranks; return its marker.
 
     The contents are what the checkpoint holds of them: what it does not hold is left as it is, but
     for an optimizer's copies of the weights. Without an optimizer, build one after this call.
@@ -68,7 +68,7 @@ def load_checkpoint(path: Path, contents: Contents) -> Marker:
 def load_policy(
     config: RunConfig, vocab_size: int, checkpoint: Path | None, topology: Topology
 ) -> Policy:
-    """A policy for sampling and reading: weights of a checkpoint, or of ``config.model.path``.
+    """Load a policy for sampling and reading, from a checkpoint or from ``config.model.path``.
 
     Raises:
         ConfigError, StorageError: as `load_checkpoint`.

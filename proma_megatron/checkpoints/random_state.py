@@ -27,7 +27,7 @@ def seed_generators(seed: int, rank: int) -> None:
 
 
 def random_state(device: torch.device) -> State:
-    """Copies of the states of torch, Python, NumPy and Megatron's tracker."""
+    """Copy the states of torch, Python, NumPy and Megatron's tracker."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     assert name == "MT19937", "NumPy's global generator"

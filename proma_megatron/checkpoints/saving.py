@@ -194,7 +194,7 @@ class Saver:
         )
 
     def _agreed(self, run: _Running) -> dict[str, tuple[int, int]]:
-        """Sizes and checksums of all ranks' files; StorageError on every rank if one failed."""
+        """Gather sizes and checksums of all ranks' files; StorageError on all if one failed."""
         problem = None
         if run.failure is not None:
             problem = self._refused(run.path, OSError(0, run.failure))
@@ -208,7 +208,7 @@ class Saver:
         return {name: sums for _, files in found for name, sums in files.items()}
 
     def _complete(self, run: _Running, files: dict[str, tuple[int, int]]) -> None:
-        """On rank 0: the last steps, in an order that a crash can't turn into a loss."""
+        """Take the last steps on rank 0, in an order that a crash can't turn into a loss."""
         path = run.path
         for file in path.iterdir():
             if file.name not in files and file.name != MARKER:  # the index
@@ -219,7 +219,7 @@ class Saver:
         write_marker(path, replace(run.marker, files=files))
 
     def _tidy(self) -> str:
-        """On rank 0, with a new checkpoint complete: links, then what may go; what went wrong.
+        """Set the links, then remove what may go, on rank 0; return what went wrong, "" if nothing.
 
         The checkpoint is there, whatever becomes of this.
         """
@@ -257,7 +257,7 @@ class Saver:
 
 
 def _write(run: _Running, staged: Any, rank: int) -> None:
-    """In the thread: this rank's files, synced, and their checksums."""
+    """Write this rank's files in the thread, synced, and their checksums."""
     complaints = _Complaints()
     try:
         request = run.request
@@ -277,7 +277,7 @@ def _write(run: _Running, staged: Any, rank: int) -> None:
 
 
 def _empty(path: Path) -> None:
-    """A new folder, in place of what an earlier attempt left."""
+    """Make a new folder, in place of what an earlier attempt left."""
     if path.exists():
         remove(path)
         if path.exists():
@@ -300,7 +300,7 @@ class _Complaints(logging.Handler):
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Within the ``with`` block they come here, and not to the terminal."""
+        """Keep them here within the ``with`` block, and off the terminal."""
         logger, passed_on = filesystem_async.logger, filesystem_async.logger.propagate
         logger.addHandler(self)
         logger.propagate = False

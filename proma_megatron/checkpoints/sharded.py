@@ -55,7 +55,7 @@ class Contents:
 
 
 def shards(contents: Contents, *, loading: bool) -> dict[str, Any]:
-    """The sharded state dict of these contents; its tensors are the run's own, no copies."""
+    """Build the sharded state dict of these contents; its tensors are the run's own, no copies."""
     policy = contents.policy
     metadata = {
         "dp_cp_group": policy.topology.data.group,
@@ -87,7 +87,7 @@ def shards(contents: Contents, *, loading: bool) -> dict[str, Any]:
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:
-    """The same description over copies of the tensors that lie in host memory.
+    """Return the same description over copies of the tensors that lie in host memory.
 
     Training changes them while they are written. Those on a GPU are copied to the host by
     Megatron's writer, before it returns.
@@ -142,7 +142,7 @@ def _key(chunk: int) -> str:
 
 
 def _mean_shards(policy: Policy, lagged: RunningMean, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The model's own shards under names of their own, over the mean's tensors and its dtype."""
+    """Name the model's own shards anew, over the mean's tensors and its dtype."""
     means = {
         id(shard.parameter): mean for shard, mean in zip(policy.shards, lagged.weights, strict=True)
     }
@@ -163,7 +163,7 @@ def _mean_shards(policy: Policy, lagged: RunningMean, metadata: dict[str, Any]) 
 
 
 def _in_order(policy: Policy, loaded: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Loaded means in the order of the policy's shards."""
+    """Return loaded means in the order of the policy's shards."""
     by_parameter = {
         id(parameter): loaded[f"{index}.{name}"]
         for index, module in enumerate(policy.modules)
@@ -177,7 +177,7 @@ def _in_order(policy: Policy, loaded: dict[str, torch.Tensor]) -> list[torch.Ten
 
 
 def _random_shards(policy: Policy) -> dict[str, Any]:
-    """One row a rank of a table for each generator."""
+    """Build a table for each generator, one row a rank."""
     topology = policy.topology
     return {
         key: ShardedTensor.from_rank_offsets(
@@ -188,6 +188,6 @@ def _random_shards(policy: Policy) -> dict[str, Any]:
 
 
 def _scaling_shard(policy: Policy) -> ShardedTensor:
-    """One tensor a rank: stages may have unlike numbers of layers."""
+    """Build one tensor a rank: stages may have unlike numbers of layers."""
     flat = torch.cat([found.flatten() for found in policy.delayed_scaling()])
     return ShardedTensor.from_rank_offsets(f"{_SCALING}{policy.topology.rank}", flat)

@@ -66,7 +66,7 @@ def draw_report(
 
 
 def summarize(run: Path) -> dict[str, float]:
-    """A run in five numbers; NaN where it recorded none.
+    """Return a run in five numbers; NaN where it recorded none.
 
     ``reward/first``, ``reward/last_ten`` (mean of the last ten RL steps), ``validation/first`` and
     ``validation/last`` accuracy in RL, and ``seconds/total`` of all steps, the warm start and

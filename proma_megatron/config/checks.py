@@ -19,7 +19,7 @@ from proma_megatron.config.sections import RunSections
 
 
 def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """What keeps this model from being cut into this layout."""
+    """Yield what keeps this model from being cut into this layout."""
     tp, pp, vpp = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     if model.heads % tp:
         yield (
@@ -63,7 +63,7 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
 def precision_problems(
     model: ComputeConfig, projection: ProjectionConfig, *, projects: bool
 ) -> Iterator[str]:
-    """What dtype, backend, FP8 recipe and operands of the projection must agree on.
+    """Yield where dtype, backend, FP8 recipe and operands of the projection disagree.
 
     Args:
         projects: whether sequence gradients are formed at all.
@@ -110,7 +110,7 @@ def precision_problems(
 
 
 def fp8_shape_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """Which dimensions of this model's layers, on one rank, the FP8 recipe does not take."""
+    """Yield which dimensions of this model's layers, on one rank, the FP8 recipe does not take."""
     if model.fp8 == "none":
         return
     multiple, tp = RECIPES[model.fp8].alignment, parallel.tensor
@@ -145,7 +145,7 @@ def fp8_shape_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator
 
 
 def training_problems(config: RunSections) -> Iterator[str]:
-    """What keeps an RL step from being cut into prompts, groups and microbatches."""
+    """Yield what keeps an RL step from being cut into prompts, groups and microbatches."""
     batch, rollout = config.batching, config.rollout
     budgeted = batch.sequences_per_microbatch is None
     if budgeted and batch.tokens_per_microbatch < config.max_sequence_length:

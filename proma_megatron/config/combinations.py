@@ -25,7 +25,7 @@ from proma_megatron.config.sections import RunSections, loss_kind, normalizes_st
 
 
 def combination_problems(config: RunSections) -> Iterator[str]:
-    """Why algorithm, accumulation and loss don't go together."""
+    """Yield why algorithm, accumulation and loss don't go together."""
     yield from _accumulation_problems(config)
     yield from _loss_problems(config)
     if config.projects:
@@ -116,7 +116,7 @@ def _loss_problems(config: RunSections) -> Iterator[str]:
 
 
 def _unit_loss_problems(config: RunSections) -> Iterator[str]:
-    """Why sequence gradients of this loss don't know their advantage only as a factor."""
+    """Yield why sequence gradients of this loss don't know their advantage only as a factor."""
     loss, kind, algorithm = config.loss, loss_kind(config), config.algorithm
     if LOSSES[kind].sign_dependent and loss.clip:
         yield (
@@ -138,7 +138,7 @@ def _unit_loss_problems(config: RunSections) -> Iterator[str]:
 
 
 def estimator_problems(config: RunSections) -> Iterator[str]:
-    """Why advantages can't be estimated from the samples of a step."""
+    """Yield why advantages can't be estimated from the samples of a step."""
     advantage, samples = config.advantage, config.rollout.samples_per_prompt
     facts = ESTIMATORS[advantage.estimator]
     if samples < facts.samples:

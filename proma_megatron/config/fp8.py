@@ -46,12 +46,12 @@ class RecipeRules:
         return 1 if self.block is None else 1 + self.scale_bytes / self.block
 
     def weight_bytes(self, entries: int) -> int:
-        """Of one quantized copy of a weight."""
+        """Return the bytes of one quantized copy of a weight."""
         scales = 1 if self.weight_block is None else -(-entries // self.weight_block)
         return entries + scales * self.scale_bytes
 
     def refusal(self, capability: tuple[int, int], cuda: tuple[int, int]) -> str | None:
-        """What it needs that a GPU or its torch has not; None where all is there."""
+        """Return what it needs that a GPU or its torch has not; None where all is there."""
         needs = f"compute capability {self.least[0]}.{self.least[1]} or more"
         if self.below is not None:
             needs += f", below {self.below[0]}.{self.below[1]}"
@@ -75,7 +75,7 @@ RECIPES: dict[Recipe, RecipeRules] = {
 
 
 def token_multiple(fp8: str, tensor: int, *, sequence_parallel: bool) -> int:
-    """What a microbatch's tokens are padded to a multiple of.
+    """Return what a microbatch's tokens are padded to a multiple of.
 
     Under sequence parallelism each rank's share of the tokens is quantized by itself.
     """

@@ -35,7 +35,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_tree(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, on top of that of the file that its key ``base`` names.
+    """Read the mapping in a YAML file, on top of that of the file that its key ``base`` names.
 
     ``base`` is relative to the file; what both have, the file itself decides.
 
@@ -67,7 +67,7 @@ def read_tree(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings, sections merged; ``above`` wins."""
+    """Merge both mappings, section by section; ``above`` wins."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -77,7 +77,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``tree`` with dotted overrides merged in; values are parsed as YAML."""
+    """Merge dotted overrides into ``tree``; values are parsed as YAML."""
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise ConfigError(
@@ -94,7 +94,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def validate_config(tree: dict[str, Any], *, training: bool = False) -> RunConfig:
-    """A validated `RunConfig`.
+    """Validate ``tree`` as a `RunConfig`.
 
     Args:
         training: whether its RL steps must be possible; a policy may also only be read.
@@ -106,12 +106,12 @@ def validate_config(tree: dict[str, Any], *, training: bool = False) -> RunConfi
 
 
 def gradients_config(overrides: Sequence[str]) -> GradientsConfig:
-    """A validated `GradientsConfig` of defaults and overrides; raises as `validate_config`."""
+    """Validate a `GradientsConfig` of defaults and overrides; raises as `validate_config`."""
     return validate_section(apply_overrides({}, overrides), GradientsConfig)
 
 
 def _with_shape(tree: dict[str, Any]) -> dict[str, Any]:
-    """``tree`` with the shape of the Hugging Face model that it names, if it names one."""
+    """Return ``tree`` with the shape of the Hugging Face model that it names, if it names one."""
     model = tree.get("model")
     if not isinstance(model, dict) or model.get("path") is None:
         return tree
@@ -131,7 +131,7 @@ def _with_shape(tree: dict[str, Any]) -> dict[str, Any]:
 def validate_section[Root: Section](
     tree: dict[str, Any], root: type[Root], context: dict[str, str] | None = None
 ) -> Root:
-    """``tree`` as a section of this type.
+    """Validate ``tree`` as a section of this type.
 
     Raises:
         ConfigError: one sentence per fault, the first few of them.
@@ -144,12 +144,12 @@ def validate_section[Root: Section](
 
 
 def dump_config(config: RunConfig) -> str:
-    """The complete resolved configuration as YAML, readable by `load_config`."""
+    """Dump the complete resolved configuration as YAML, readable by `load_config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys at which two trees differ, with both values; `ABSENT` where one has none."""
+    """Yield dotted keys where two trees differ, with both values; `ABSENT` where one has none."""
     old, new = dict(_flat(there)), dict(_flat(wanted))
     for key in dict.fromkeys((*new, *old)):
         if old.get(key, ABSENT) != new.get(key, ABSENT):
@@ -157,7 +157,7 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
+    """Yield dotted keys and their values."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -166,7 +166,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _sentence(fault: Any, root: type[Section]) -> str:
-    """One pydantic fault in words: the key, the value, what was expected, the fix."""
+    """Put one pydantic fault in words: the key, the value, what was expected, the fix."""
     key = ".".join(str(part) for part in fault["loc"] if part != "[key]")
     kind, value, context = fault["type"], fault.get("input"), fault.get("ctx", {})
     if kind == "extra_forbidden":

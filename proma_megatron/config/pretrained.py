@@ -36,7 +36,7 @@ _PUBLISHED = Path(__file__).with_name("published.json")
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """One JSON object of a Hugging Face directory.
+    """Read one JSON object of a Hugging Face directory.
 
     Raises:
         ConfigError: there is no such directory, file or object.
@@ -60,7 +60,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """What config.json of published models says of their shape, by model name.
+    """Return what config.json of published models says of their shape, by model name.
 
     So that a run can be planned before its weights are downloaded.
     """
@@ -68,7 +68,7 @@ def published() -> dict[str, dict[str, Any]]:
 
 
 def read_shape(path: Path) -> dict[str, Any]:
-    """The shape, as keys of `ModelConfig`, of the model in a Hugging Face directory.
+    """Read the shape, as keys of `ModelConfig`, of the model in a Hugging Face directory.
 
     Raises:
         ConfigError: the directory has no config.json of a dense Qwen model that can be run here.
@@ -77,7 +77,7 @@ def read_shape(path: Path) -> dict[str, Any]:
 
 
 def planned_shape(path: Path) -> dict[str, Any]:
-    """As `read_shape`, also for a published model that is not there yet, by its name.
+    """Read a shape as `read_shape`, or look up that of a published model that is not there yet.
 
     Raises:
         ConfigError: there is neither a directory nor a published model of that name.
@@ -134,13 +134,13 @@ def _shape(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters as transformers 5 writes them, or at top level as earlier versions did."""
+    """Return rotary parameters as transformers 5 writes them, or from the top level as before."""
     rope = fields.get("rope_parameters")
     return rope if isinstance(rope, dict) else fields
 
 
 def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
-    """What the configuration asks for and Megatron's layers here don't do."""
+    """Yield what the configuration asks for and Megatron's layers here don't do."""
     for key in ("rope_parameters", "rope_scaling"):  # both may be there; both must be plain
         rope = fields.get(key) or {}
         if not isinstance(rope, dict):
@@ -165,7 +165,7 @@ def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
 def write_config(
     model: ModelConfig, vocab_size: int, max_positions: int, dtype: str
 ) -> dict[str, Any]:
-    """config.json of a policy that was not made from a Hugging Face directory.
+    """Return the config.json of a policy that was not made from a Hugging Face directory.
 
     Raises:
         ConfigError: no Qwen family has this combination of q/k norm and biases.

@@ -29,7 +29,7 @@ class RunConfig(RunSections):
     @model_validator(mode="before")
     @classmethod
     def _own_rule(cls, tree: Any) -> Any:
-        """The algorithm's rule, where the tree names none."""
+        """Fill in the algorithm's rule, where the tree names none."""
         if not isinstance(tree, dict):
             return tree
         algorithm = tree.get("algorithm", "proma")
@@ -70,7 +70,7 @@ class GradientsConfig(Section):
 
 
 def check_data_files(config: RunConfig) -> None:
-    """Whether the data files that the configuration names are there; ConfigError if not."""
+    """Check that the data files that the configuration names are there; ConfigError if not."""
     for key, path in (
         ("data.train_file", config.data.train_file),
         ("data.validation_file", config.data.validation_file),
@@ -80,7 +80,7 @@ def check_data_files(config: RunConfig) -> None:
 
 
 def check_model_files(config: RunConfig) -> None:
-    """Whether model and tokenizer that the configuration names are there; ConfigError if not."""
+    """Check that model and tokenizer that the configuration names are there; ConfigError if not."""
     if config.tokenizer.path is not None and not config.tokenizer.path.exists():
         raise ConfigError(
             f"tokenizer.path is {config.tokenizer.path}, which does not exist; check the path"
@@ -94,6 +94,6 @@ def check_model_files(config: RunConfig) -> None:
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Whether this model can be cut into this layout; ConfigError if not."""
+    """Check that this model can be cut into this layout; ConfigError if not."""
     for problem in layout_problems(model, parallel):
         raise ConfigError(problem)

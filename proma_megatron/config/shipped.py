@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def find_config(path: Path) -> Path:
-    """The configuration that is meant by a path, or by a name such as ``quickstart``.
+    """Find the configuration that is meant by a path, or by a name such as ``quickstart``.
 
     A file that is there comes first. Otherwise ``quickstart``, ``quickstart.yaml`` and
     ``configs/quickstart.yaml`` are the shipped one. What is unknown is returned as it is, so that
@@ -22,7 +22,7 @@ def find_config(path: Path) -> Path:
 
 
 def find_cluster(path: Path) -> Path:
-    """As `find_config`, of a cluster file: ``modules``, ``launch/clusters/modules.yaml``."""
+    """Find a cluster file as `find_config` does: ``modules``, ``launch/clusters/modules.yaml``."""
     return _find(path, "launch/clusters")
 
 

@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The number that ``text`` starts with, without "$", "," and a final "."; None if it doesn't.
+    """Return the number that ``text`` starts with, without "$", "," and a final "."; None if none.
 
     The number ends at the first whitespace and must be the whole of what precedes it.
     """
@@ -20,7 +20,7 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def final_answer(text: str) -> Decimal | None:
-    """The number after the last "####" on the same line, or None."""
+    """Return the number after the last "####" on the same line, or None."""
     _, mark, rest = text.rpartition(ANSWER_MARK)
     lines = rest.splitlines()
     return parse_number(lines[0]) if mark and lines else None

@@ -62,11 +62,11 @@ class Template:
         return len(self.numbers) * len(self.people) * len(ITEMS)
 
     def numbers_of(self, index: int) -> Numbers:
-        """The numbers in the question of problem number ``index``."""
+        """Return the numbers in the question of problem number ``index``."""
         return self.numbers[index // len(ITEMS) // len(self.people)]
 
     def problem(self, index: int) -> Problem:
-        """Problem number ``index``, 0 <= index < size."""
+        """Return problem number ``index``, 0 <= index < size."""
         index_without_item, item = divmod(index, len(ITEMS))
         pair = index_without_item % len(self.people)
         numbers = self.numbers_of(index)
@@ -180,7 +180,7 @@ TEMPLATES: tuple[Template, ...] = (
 
 
 def split_of(question: str) -> Split:
-    """The split that owns this question, by a hash of its text."""
+    """Return the split that owns this question, by a hash of its text."""
     digest = hashlib.sha256(question.encode()).digest()
     return "train" if int.from_bytes(digest[:8]) % VALIDATION_SHARE else "validation"
 
@@ -188,7 +188,7 @@ def split_of(question: str) -> Split:
 def generate_problems(
     split: Split, count: int, seed: int, *, largest: int = 50, steps: int = 2
 ) -> list[Problem]:
-    """``count`` different problems of one split, the templates in turn while they last.
+    """Return ``count`` different problems of one split, the templates in turn while they last.
 
     The same arguments give the same list, and a smaller count gives its beginning.
 
@@ -218,7 +218,7 @@ def generate_problems(
 
 
 def _walk(template: Template, split: Split, seed: int, largest: int) -> Iterator[Problem]:
-    """Every problem of this template in this split once, in a seeded order."""
+    """Yield every problem of this template in this split once, in a seeded order."""
     generator = random.Random(f"{seed}/{template.name}")
     for index in _shuffled(template.size, generator):
         if max(template.numbers_of(index)) > largest:
@@ -229,7 +229,10 @@ def _walk(template: Template, split: Split, seed: int, largest: int) -> Iterator
 
 
 def _shuffled(size: int, generator: random.Random) -> Iterator[int]:
-    """A random permutation of range(size); memory grows with what is consumed, not with size."""
+    """Yield a random permutation of range(size).
+
+    Memory grows with what is consumed, not with size.
+    """
     moved: dict[int, int] = {}  # Fisher-Yates, storing only the entries that were swapped
     for i in range(size):
         j = generator.randrange(i, size)

@@ -29,7 +29,7 @@ NO_NAMES = ColumnsConfig()  # the schema is found by the columns
 
 
 def load_problems(path: Path, columns: ColumnsConfig = NO_NAMES) -> list[Problem]:
-    """All problems of a data file, in its order; ids are ``<file name>-<row>``, counted from 1.
+    """Read all problems of a data file, in its order; ids are ``<file name>-<row>``, from 1 on.
 
     Three schemas are known, each in JSONL and in parquet:
 
@@ -79,7 +79,7 @@ VERL = Schema("prompt", "reward_model.ground_truth", "extra_info.answer", partia
 
 
 def _named_schema(columns: ColumnsConfig) -> Schema | None:
-    """The schema that the configuration names, if it names one."""
+    """Return the schema that the configuration names, if it names one."""
     if columns.prompt is not None and columns.answer is not None:
         return Schema(columns.prompt, columns.answer, columns.solution)
     for key in ("prompt", "answer", "solution"):
@@ -116,7 +116,7 @@ class Row:
     names: Collection[str]  # of all columns that the row has in the file
 
     def at(self, path: str) -> Any:
-        """The value at a dotted path; ConfigError if there is no such field."""
+        """Return the value at a dotted path; ConfigError if there is no such field."""
         value: Any = self.values
         parts = path.split(".")
         for depth, part in enumerate(parts):
@@ -144,12 +144,12 @@ class JsonLines:
     path: Path
 
     def columns(self) -> Collection[str] | None:
-        """The first row's columns; None if there is no row."""
+        """Return the first row's columns; None if there is no row."""
         first = next(self.rows(), None)
         return None if first is None else first.names
 
     def rows(self, columns: Collection[str] = ()) -> Iterator[Row]:
-        """All rows; a line is read as a whole, whatever the ``columns`` in need."""
+        """Yield all rows; a line is read as a whole, whatever the ``columns`` in need."""
         # In bytes: a text file's lines would also end at "\r" and, by str.splitlines, at U+2028.
         try:
             file = self.path.open("rb")
@@ -181,12 +181,12 @@ class Parquet:
     path: Path
 
     def columns(self) -> Collection[str] | None:
-        """The file's columns; None if there is no row."""
+        """Return the file's columns; None if there is no row."""
         with self._file() as file:
             return file.schema_arrow.names if file.metadata.num_rows else None
 
     def rows(self, columns: Collection[str]) -> Iterator[Row]:
-        """All rows, with the values of these columns alone."""
+        """Yield all rows, with the values of these columns alone."""
         with self._file() as file:
             names, number = file.schema_arrow.names, 0
             for batch in file.iter_batches(BATCH_ROWS, columns=sorted(columns)):
@@ -247,7 +247,7 @@ def _problem(row: Row, schema: Schema, path: Path) -> Problem:
 
 
 def _messages(row: Row, path: str, value: Any) -> tuple[Message, ...]:
-    """The chat at ``path``, whose last message is the user's."""
+    """Return the chat at ``path``, whose last message is the user's."""
     if not isinstance(value, list):
         raise row.unexpected(path, value, "a text or a list of chat messages")
     messages = []
@@ -289,7 +289,7 @@ def _text_or_nothing(values: Mapping[str, Any], path: str) -> str:
 
 
 def _worked_number(row: Row, solution: str) -> str:
-    """The number in which a worked answer ends."""
+    """Return the number in which a worked answer ends."""
     number = final_answer(solution)
     if number is None:
         raise row.error(
@@ -300,7 +300,7 @@ def _worked_number(row: Row, solution: str) -> str:
 
 
 def _reference(row: Row, schema: Schema) -> str:
-    """The reference as text: a number in full, of a marked text what follows the last mark."""
+    """Return the reference as text: a number in full, of a marked text what is after the mark."""
     value = row.at(schema.answer)
     if isinstance(value, str):
         text = value.rpartition(ANSWER_MARK)[2].strip()
@@ -318,7 +318,7 @@ def _reference(row: Row, schema: Schema) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error, as JSON says it where Python differs, and cut to a line."""
+    """Put a value in an error, as JSON says it where Python differs, and cut to a line."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

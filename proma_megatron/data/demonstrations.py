@@ -13,7 +13,7 @@ from proma_megatron.types import Prompt, TrainingSequence
 
 
 def demonstration(prompt: Prompt, solution: str, tokenizer: Tokenizer) -> TrainingSequence:
-    """Prompt, worked solution and EOS, with the loss on solution and EOS."""
+    """Join prompt, worked solution and EOS, with the loss on solution and EOS."""
     completion = (*tokenizer.encode(solution), tokenizer.eos_id)
     length = len(prompt.tokens) + len(completion)
     return TrainingSequence(
@@ -41,7 +41,7 @@ class Demonstrations:
         self._random = random.Random(f"demonstrations/{seed}")
 
     def state(self) -> dict[str, Any]:
-        """The position, for `restore`."""
+        """Return the position, for `restore`."""
         version, words, gauss = self._random.getstate()
         return {"prompts": self._source.state(), "random": [version, list(words), gauss]}
 
@@ -56,7 +56,7 @@ class Demonstrations:
         self._random.setstate((version, tuple(words), gauss))
 
     def take(self, n: int) -> list[TrainingSequence]:
-        """The next ``n`` sequences, with the loss on solution and EOS."""
+        """Return the next ``n`` sequences, with the loss on solution and EOS."""
         prompts = self._source.take(n)
         chosen = []
         for prompt in prompts:

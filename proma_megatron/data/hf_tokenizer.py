@@ -99,11 +99,11 @@ class HuggingFaceTokenizer:
         return bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, special tokens in it included, without BOS and EOS."""
+        """Return ids of ``text``, special tokens in it included, without BOS and EOS."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special tokens, and ids beyond the tokenizer's, give nothing."""
+        """Return the text of ``ids``; special tokens and ids that it hasn't give nothing."""
         return self._tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -129,7 +129,7 @@ class HuggingFaceTokenizer:
 
 
 def _generation_settings(path: Path) -> dict[str, Any]:
-    """What the model's files say about EOS and padding; the first file that speaks of EOS."""
+    """Read what the model's files say about EOS and padding; the first with an EOS counts."""
     for name in (GENERATION_CONFIG, "config.json"):
         file = path / name
         if not file.is_file():

@@ -27,7 +27,7 @@ class Data:
 
 
 def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
-    """Everything that a run reads, checked.
+    """Read everything that a run reads, and check it.
 
     Args:
         trained_tokenizer: where a tokenizer is trained from the task's text if the configuration
@@ -57,7 +57,7 @@ def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
 
 
 def load_splits(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
-    """Training and validation problems, from the files or from the generator.
+    """Return training and validation problems, from the files or from the generator.
 
     Raises:
         ConfigError: a file that can't be read, is empty, or shares questions with the other split.
@@ -83,7 +83,7 @@ def load_splits(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
 
 
 def load_tokenizer(config: RunConfig, trained: Path, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer of the configuration, of its model, or one trained on ``texts``.
+    """Return the tokenizer of the configuration, of its model, or one trained on ``texts``.
 
     Args:
         trained: where the latter is, or is written to.
@@ -109,7 +109,7 @@ def load_tokenizer(config: RunConfig, trained: Path, texts: Iterable[str]) -> To
 
 
 def vocabulary(config: RunConfig) -> int:
-    """Rows of the embedding; of a tokenizer that is yet to be trained, the most it may have."""
+    """Return the rows of the embedding; before the tokenizer is trained, the most it may have."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     if config.tokenizer.path is not None:
@@ -120,7 +120,7 @@ def vocabulary(config: RunConfig) -> int:
 def make_prompts(
     problems: Sequence[Problem], which: str, config: RunConfig, tokenizer: Tokenizer
 ) -> tuple[list[Prompt], str | None]:
-    """Prompts of these problems but for those that are too long, and a note of how many.
+    """Return prompts of these problems but for those that are too long, and a note of how many.
 
     Raises:
         ConfigError: every prompt is too long.
@@ -146,7 +146,7 @@ def make_prompts(
 
 
 def check_demonstrations(config: RunConfig, data: Data) -> None:
-    """Whether every worked answer fits into a microbatch with its prompt; ConfigError if not.
+    """Check that every worked answer fits into a microbatch with its prompt; ConfigError if not.
 
     It tokenizes all answers, so it runs once a run and not on every rank.
     """

@@ -13,7 +13,7 @@ from proma_megatron.types import Message, Problem, Prompt
 
 
 def format_plain(question: str) -> str:
-    """The text that the policy continues where there is no chat template.
+    """Return the text that the policy continues where there is no chat template.
 
     It ends in a newline. In a tokenizer of ours that is one token that never merges: so the ids of
     a prompt followed by those of its completion are the ids of the whole text.
@@ -40,7 +40,7 @@ class PromptFormat:
             )
 
     def prompt(self, problem: Problem) -> Prompt:
-        """The problem with the text and the tokens that the policy continues."""
+        """Return the problem with the text and the tokens that the policy continues."""
         text = self._text(problem)
         ids = self._tokenizer.encode(text)
         bos = self._tokenizer.bos_id
@@ -72,7 +72,7 @@ class PromptFormat:
 
 
 def drop_long(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
-    """The prompts of at most ``limit`` tokens, in their order."""
+    """Return the prompts of at most ``limit`` tokens, in their order."""
     return [prompt for prompt in prompts if len(prompt.tokens) <= limit]
 
 
@@ -89,7 +89,7 @@ class PromptSource:
         self._order = self._shuffle(0)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts; none comes twice before all have come once."""
+        """Return the next ``n`` prompts; none comes twice before all have come once."""
         taken: list[Prompt] = []
         while len(taken) < n:
             if self._position == len(self._prompts):
@@ -101,11 +101,11 @@ class PromptSource:
         return taken
 
     def all(self) -> list[Prompt]:
-        """Every prompt, in the order of the problems."""
+        """Return every prompt, in the order of the problems."""
         return list(self._prompts)
 
     def state(self) -> dict[str, int]:
-        """The position, for `restore`; the rest says which stream it is of."""
+        """Return the position, for `restore`; the rest says which stream it is of."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -131,7 +131,7 @@ class PromptSource:
         self._order = self._shuffle(self._epoch)
 
     def _shuffle(self, epoch: int) -> list[int]:
-        """The order of an epoch: a function of seed and epoch only."""
+        """Return the order of an epoch: a function of seed and epoch only."""
         order = list(range(len(self._prompts)))
         random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order

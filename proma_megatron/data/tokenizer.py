@@ -49,15 +49,15 @@ class Tokenizer(Protocol):
     def has_chat_template(self) -> bool: ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without BOS and EOS."""
+        """Return ids of ``text``, without BOS and EOS."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special tokens give nothing."""
+        """Return the text of ``ids``; special tokens give nothing."""
         ...
 
     def chat(self, messages: Sequence[Message], thinking: bool) -> str:
-        """The chat template's text of these messages, up to where the answer begins.
+        """Return the chat template's text of these messages, up to where the answer begins.
 
         Raises:
             ConfigError: there is no template, or it refuses these messages.
@@ -122,11 +122,11 @@ class SentencePieceTokenizer:
         return False
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without BOS and EOS."""
+        """Return ids of ``text``, without BOS and EOS."""
         return self._processor.EncodeAsIds(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special tokens give nothing.
+        """Return the text of ``ids``; special tokens give nothing.
 
         Raises:
             IndexError: an id is not below ``vocab_size``.
@@ -139,7 +139,7 @@ class SentencePieceTokenizer:
         )
 
     def transformers_settings(self) -> dict[str, Any]:
-        """``tokenizer_config.json`` of a directory that holds this model as tokenizer.model."""
+        """Return ``tokenizer_config.json`` for a directory with this model as tokenizer.model."""
         processor = self._processor
         special = {
             "bos_token": processor.bos_id(),

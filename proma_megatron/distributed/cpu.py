@@ -101,7 +101,7 @@ def install() -> None:
 
 
 def _take_torch_kernels() -> None:
-    """Megatron's optimizer in torch, where Transformer Engine or Apex is installed, too.
+    """Give Megatron's optimizer torch's kernels, where Transformer Engine or Apex is there, too.
 
     It takes their kernels, which need a GPU, whenever it can import them.
     """
@@ -123,7 +123,7 @@ def _take_torch_kernels() -> None:
 
 @contextlib.contextmanager
 def megatron_calls(device: torch.device) -> Iterator[None]:
-    """Context for code of Megatron-Core that builds, schedules or updates a model.
+    """Enter what code of Megatron-Core that builds, schedules or updates a model runs within.
 
     Kept out of the decoding loop: the mode costs a Python call for every torch function.
     """

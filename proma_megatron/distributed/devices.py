@@ -16,7 +16,7 @@ Backend = Literal["torch", "transformer_engine"]
 
 
 def choose_device(requested: str, local_world_size: int) -> str:
-    """ "cuda" when every worker of this node can have a GPU of its own, else "cpu".
+    """Return "cuda" when every worker of this node can have a GPU of its own, else "cpu".
 
     Raises:
         ConfigError: GPUs were asked for and there are too few; NCCL can't share one.
@@ -33,7 +33,7 @@ def choose_device(requested: str, local_world_size: int) -> str:
 
 
 def check_precision(config: RunConfig, device: str) -> None:
-    """Whether layers and optimizer take this precision there; ConfigError if not."""
+    """Check that layers and optimizer take this precision there; ConfigError if not."""
     check_backend(config.model, device)
     if device == "cuda" and config.model.dtype == "float64" and config.optimizer.clip_grad > 0:
         raise ConfigError(
@@ -43,7 +43,7 @@ def check_precision(config: RunConfig, device: str) -> None:
 
 
 def choose_backend(model: ComputeConfig, device: str) -> Backend:
-    """Whose linear layers and attention a model has on this kind of device.
+    """Return whose linear layers and attention a model has on this kind of device.
 
     Raises:
         ConfigError: it asks for Transformer Engine, or for FP8, where there is none.
@@ -68,7 +68,7 @@ def choose_backend(model: ComputeConfig, device: str) -> Backend:
 
 
 def check_backend(model: ComputeConfig, device: str) -> None:
-    """Whether this machine has what the model computes with; ConfigError if not."""
+    """Check that this machine has what the model computes with; ConfigError if not."""
     choose_backend(model, device)
     if model.fp8 == "none":
         return
@@ -89,7 +89,7 @@ def check_backend(model: ComputeConfig, device: str) -> None:
 
 
 def check_replicas(config: RunConfig, world: int) -> None:
-    """Whether every replica gets the same number of prompts; ConfigError if not.
+    """Check that every replica gets the same number of prompts; ConfigError if not.
 
     The number of replicas may be known only now, from the processes that torchrun started.
     """
@@ -104,7 +104,7 @@ def check_replicas(config: RunConfig, world: int) -> None:
 
 
 def check_world_size(parallel: ParallelConfig, world: int) -> None:
-    """Whether ``world`` processes make up this layout; ConfigError if not."""
+    """Check that ``world`` processes make up this layout; ConfigError if not."""
     model = parallel.model_size
     if parallel.data is None:
         if world % model:
@@ -121,7 +121,7 @@ def check_world_size(parallel: ParallelConfig, world: int) -> None:
 
 
 def describe(parallel: ParallelConfig) -> str:
-    """A layout in words."""
+    """Describe a layout in words."""
     if parallel.world_size == 1:
         return "one process"
     parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]

@@ -19,7 +19,7 @@ APEX_SOURCE = "https://github.com/NVIDIA/apex"
 
 
 def transformer_engine_version() -> str | None:
-    """Installed version; None where there is none."""
+    """Return the installed version; None where there is none."""
     if util.find_spec("transformer_engine") is None:
         return None
     try:
@@ -29,7 +29,7 @@ def transformer_engine_version() -> str | None:
 
 
 def transformer_engine_problem() -> str | None:
-    """Why its layers can't be taken, and the fix; None where they can."""
+    """Say why its layers can't be taken, and the fix; None where they can."""
     version = transformer_engine_version()
     if version is None:
         return f"Transformer Engine is not installed; {TE_INSTALL}"
@@ -43,7 +43,7 @@ def transformer_engine_problem() -> str | None:
 
 
 def _has_torch_binding() -> bool:
-    """Whether the compiled part is there: the package can be installed without it."""
+    """Tell whether the compiled part is there: the package can be installed without it."""
     spec = util.find_spec("transformer_engine")
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     return any(
@@ -54,7 +54,7 @@ def _has_torch_binding() -> bool:
 
 
 def apex_problem() -> str | None:
-    """That the package named apex is not NVIDIA's, and the fix; None where it is, or none is."""
+    """Say that the package apex is not NVIDIA's, and the fix; None where it is, or is missing."""
     spec = util.find_spec("apex")
     if spec is None or has_nvidia_apex():
         return None
@@ -66,7 +66,7 @@ def apex_problem() -> str | None:
 
 
 def in_use(backend: str, fp8: str) -> list[str]:
-    """What the start of a run on GPUs says of these libraries."""
+    """Return what the start of a run on GPUs says of these libraries."""
     layers = "Megatron-Core's layers, on torch"
     if backend == "transformer_engine":
         layers = f"layers of Transformer Engine {transformer_engine_version()}"
@@ -83,5 +83,5 @@ def has_nvidia_apex() -> bool:
 
 
 def has_fused_weight_gradient() -> bool:
-    """Whether Apex's GEMM that adds to float32 gradients is there."""
+    """Tell whether Apex's GEMM that adds to float32 gradients is there."""
     return util.find_spec("fused_weight_gradient_mlp_cuda") is not None

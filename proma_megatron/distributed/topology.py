@@ -99,7 +99,7 @@ class Topology:
         return values
 
     def gather_over_data(self, value: Any) -> list[Any]:
-        """One picklable object from every replica, in replica order, on every rank."""
+        """Gather one picklable object from every replica, in replica order, on every rank."""
         if self.data.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.data.size
@@ -107,7 +107,7 @@ class Topology:
         return gathered
 
     def gather_over_all(self, value: Any) -> list[Any]:
-        """One picklable object from every rank, by rank, on every rank."""
+        """Gather one picklable object from every rank, by rank, on every rank."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -115,7 +115,7 @@ class Topology:
         return gathered
 
     def gather_over_stages(self, value: Any) -> list[Any]:
-        """One picklable object from every pipeline stage of this replica, on every rank."""
+        """Gather one picklable object from every pipeline stage of this replica, on every rank."""
         if self.pipeline.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.pipeline.size
@@ -123,7 +123,7 @@ class Topology:
         return gathered
 
     def least(self, value: int, axis: Axis | None = None) -> int:
-        """The smallest of the ranks' integers, on one axis of the layout or of all ranks."""
+        """Return the smallest of the ranks' integers, on one axis of the layout or of all ranks."""
         if (self.world_size if axis is None else axis.size) == 1:
             return value
         box = torch.tensor([value], device=self.device)
@@ -165,7 +165,7 @@ def process_group(device_type: str, timeout_minutes: float) -> Iterator[torch.de
 
 
 def setup_device(device_type: str) -> torch.device:
-    """This worker's device; on a CPU, Megatron's CUDA calls are redirected."""
+    """Set up and return this worker's device; on a CPU, Megatron's CUDA calls are redirected."""
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -212,7 +212,7 @@ def _axis(group: Any) -> Axis:
 
 
 def _tied_ends(parallel: ParallelConfig, timeout_minutes: float) -> dist.ProcessGroup | None:
-    """The pair of this rank, if it is on the first or the last stage.
+    """Make the pair of this rank, if it is on the first or the last stage.
 
     Over Gloo also on GPUs: an NCCL send runs on the device until it is received, and with
     CUDA_DEVICE_MAX_CONNECTIONS=1 a second one that waits behind it would hold up the very pipeline

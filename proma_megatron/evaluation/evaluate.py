@@ -25,7 +25,7 @@ class Evaluation:
     samples: int  # of a problem
 
     def metrics(self) -> dict[str, float]:
-        """Figures over all completions; rates are shares of completions or of problems."""
+        """Return figures over all completions; rates are shares of completions or of problems."""
         n = self.samples
         count = len(self.scored)
         correct = [sum(s.correct for s in self.scored[at : at + n]) for at in range(0, count, n)]
@@ -45,7 +45,7 @@ class Evaluation:
         }
 
     def describe(self) -> str:
-        """The figures in a line."""
+        """Put the figures in a line."""
         found = self.metrics()
         passes = "".join(f", {k} {v:.1%}" for k, v in found.items() if k.startswith("pass@"))
         return (
@@ -55,7 +55,7 @@ class Evaluation:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """One JSON object a completion."""
+        """Return one JSON object a completion."""
         return [
             {
                 "problem": s.rollout.prompt.problem.id,
@@ -74,13 +74,13 @@ class Evaluation:
 
 
 def _doublings(n: int) -> list[int]:
-    """1, 2, 4, ... and n itself."""
+    """Return 1, 2, 4, ... and n itself."""
     powers = [2**i for i in range(n.bit_length()) if 2**i < n]
     return [*powers, n]
 
 
 def sampling_options(config: RunConfig) -> SamplingOptions:
-    """How this configuration evaluates."""
+    """Return how this configuration evaluates."""
     evaluation, rollout = config.evaluation, config.rollout
     temperature = evaluation.temperature
     if temperature is None:
@@ -107,7 +107,7 @@ def evaluate(
     look_up: Callable[[], None] = lambda: None,
     interrupt: Interrupt | None = None,
 ) -> Evaluation:
-    """``evaluation.samples`` completions of each prompt, scored; the same on every rank.
+    """Sample ``evaluation.samples`` completions a prompt and score them; the same on every rank.
 
     Args:
         step: with the seed and a prompt's place it decides the noise; never that of training.

@@ -9,7 +9,7 @@ Z = 1.959963984540054  # of a 95% interval
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the probability that one of k samples is correct.
+    """Estimate, without bias, the probability that one of k samples is correct.
 
     ``1 - C(samples - correct, k) / C(samples, k)`` for ``samples`` of one problem of which
     ``correct`` are; k <= samples.
@@ -22,12 +22,12 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
-    """`pass_at_k` averaged over problems; ``correct`` has one count a problem."""
+    """Average `pass_at_k` over problems; ``correct`` has one count a problem."""
     return sum(pass_at_k(samples, c, k) for c in correct) / len(correct)
 
 
 def accuracy_interval(correct: Sequence[int], samples: int) -> tuple[float, float]:
-    """95% confidence interval of the share of correct completions.
+    """Return the 95% confidence interval of the share of correct completions.
 
     Problems are the independent draws, samples of one problem are not: it is Wilson's interval
     with as many draws as would give the standard error that the problems' shares show (between one

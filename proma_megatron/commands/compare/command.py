@@ -60,7 +60,7 @@ def compare(comparison: Comparison, *, overwrite: bool, command: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """ "45 s", "12 min", "3 h 20 min"."""
+    """Return a duration in words: "45 s", "12 min", "3 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
 
 
 def _check(comparison: Comparison) -> None:
-    """Whether the runs could start; ConfigError if not."""
+    """Check that the runs could start; ConfigError if not."""
     environment = dict(os.environ)
     adopt_slurm(environment)
     if "RANK" in environment:
@@ -107,7 +107,7 @@ def _clear(comparison: Comparison) -> None:
 
 
 def _check_states(comparison: Comparison) -> None:
-    """Whether what is there belongs to this comparison; ConfigError if not."""
+    """Check that what is there belongs to this comparison; ConfigError if not."""
     if comparison.initial is None:
         runs = comparison.runs
     elif todo(comparison.initial) is Todo.NOTHING:
@@ -130,7 +130,7 @@ def _check_states(comparison: Comparison) -> None:
 
 
 def _from_one_policy(comparison: Comparison) -> tuple[Planned, ...]:
-    """The runs, each to start from the same policy, which is made if it isn't there."""
+    """Let the runs start from the same policy, which is made if it isn't there; return them."""
     initial = comparison.initial
     if initial is None:
         return comparison.runs
@@ -147,7 +147,7 @@ def _from_one_policy(comparison: Comparison) -> tuple[Planned, ...]:
 
 
 def _with_policy(comparison: Comparison) -> tuple[Planned, ...]:
-    """The runs with the policy of ``initial``, which is there."""
+    """Return the runs with the policy of ``initial``, which is there."""
     assert comparison.initial is not None
     tokenizer = RunDir(comparison.initial.run_dir).own_tokenizer
     if tokenizer is None:

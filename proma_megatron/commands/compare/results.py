@@ -22,7 +22,7 @@ from proma_megatron.runs.environment import describe_environment
 
 
 def write_recipe(comparison: Comparison, command: str) -> None:
-    """compare.json: what was asked for, and by which versions."""
+    """Write compare.json: what was asked for, and by which versions."""
     device = comparison.runs[0].config.device
     recipe = {
         "command": command,
@@ -37,7 +37,7 @@ def write_recipe(comparison: Comparison, command: str) -> None:
 
 
 def draw_comparison(comparison: Comparison, command: str) -> tuple[Path, Path, Path]:
-    """compare.png, .csv and .html of the runs that have made RL steps."""
+    """Draw compare.png, .csv and .html of the runs that have made RL steps; return their paths."""
     return write_figure(
         comparison.folder / "compare.png",
         f"{comparison.folder.name}: {', '.join(comparison.algorithms)}",
@@ -49,7 +49,7 @@ def draw_comparison(comparison: Comparison, command: str) -> tuple[Path, Path, P
 
 
 def groups_of(comparison: Comparison) -> list[Group]:
-    """One group an algorithm, in their order; without the runs that have no RL step yet."""
+    """Return one group an algorithm, in their order, without the runs that have no RL step yet."""
     runs: dict[str, list[Run]] = {algorithm: [] for algorithm in comparison.algorithms}
     for planned in comparison.runs:
         try:
@@ -60,7 +60,7 @@ def groups_of(comparison: Comparison) -> list[Group]:
 
 
 def print_results(groups: Sequence[Group], console: Console) -> None:
-    """The final values, mean [lowest, highest] over the seeds, and the cost of a step."""
+    """Print the final values, mean [lowest, highest] over the seeds, and the cost of a step."""
     table = Table(title="At the end", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("algorithm")
     for heading in ("seeds", *(_heading(panel) for panel in PAPER), "s/step"):

@@ -48,7 +48,7 @@ class Comparison:
         return self.folder / "initial_policy"
 
     def made(self) -> list[Path]:
-        """Run directories of any algorithm and seed that the folder holds."""
+        """Return run directories of any algorithm and seed that the folder holds."""
         names = re.compile(rf"({'|'.join(ALGORITHMS)})_seed-?\d+")
         if not self.folder.is_dir():
             return []
@@ -78,7 +78,7 @@ def read_comparison(
 def plan_runs(
     tree: Tree, algorithms: Sequence[str], seeds: int, steps: int | None = None
 ) -> Comparison:
-    """The runs of a comparison, seed by seed: what is there early is a comparison already.
+    """Plan the runs of a comparison, seed by seed: what is there early is a comparison already.
 
     For a seed, all algorithms see the same prompts in the same order (but for
     ``rollout.resampling_rounds``, which draws further ones as rewards want it), and all runs
@@ -128,7 +128,7 @@ def plan_runs(
 
 
 def started_from(config: RunConfig, policy: Path, tokenizer: Path) -> RunConfig:
-    """This run with weights and tokenizer from there; the shape is as in the policy's files."""
+    """Return this run with weights and tokenizer from there, its shape as in the policy's files."""
     tree = config.model_dump(mode="json")
     model = {key: value for key, value in tree["model"].items() if key not in SHAPE}
     tree["model"] = {**model, "path": str(policy)}
@@ -151,7 +151,7 @@ def _check_algorithms(algorithms: Sequence[str]) -> None:
 
 
 def _of_algorithm(tree: Tree, algorithm: str) -> Tree:
-    """``tree`` for this algorithm, without a rule or a loss that is not its own."""
+    """Return ``tree`` for this algorithm, without a rule or a loss that is not its own."""
     projection, loss = dict(tree.get("projection") or {}), dict(tree.get("loss") or {})
     if projection.get("rule") not in rules_of(algorithm):
         projection.pop("rule", None)
@@ -169,5 +169,5 @@ def _validated(tree: Tree, algorithm: str, seed: int) -> RunConfig:
 
 
 def _with(tree: Tree, section: str, **changes: Any) -> Tree:
-    """``tree`` with these keys of a section changed."""
+    """Return ``tree`` with these keys of a section changed."""
     return {**tree, section: {**(tree.get(section) or {}), **changes}}

@@ -21,7 +21,7 @@ class Todo(enum.Enum):
 
 
 def todo(config: RunConfig) -> Todo:
-    """What is left of this run.
+    """Return what is left of this run.
 
     Raises:
         ConfigError: the directory holds a run of another configuration.
@@ -39,7 +39,7 @@ def todo(config: RunConfig) -> Todo:
 
 
 def _check_same(run_dir: RunDir, config: RunConfig) -> None:
-    """Whether the run there is of this configuration; ConfigError if not."""
+    """Check that the run there is of this configuration; ConfigError if not."""
     wanted = yaml.safe_load(dump_config(config))
     for key, old, new in differences(read_tree(run_dir.config), wanted):
         raise ConfigError(

@@ -83,7 +83,7 @@ def diagnose(config: RunConfig | None, gpus_per_node: int | None = None) -> Diag
 def conclude(
     parts: Sequence[Finding], config: RunConfig | None, gpus_per_node: int | None = None
 ) -> Diagnosis:
-    """What the findings mean for a run; the arguments as of `diagnose`."""
+    """Conclude what the findings mean for a run; the arguments are as of `diagnose`."""
     found = {part.name: part for part in parts}
     wanted = config or RunConfig.model_validate(ANY_RUN)
     wrong = [
@@ -107,7 +107,7 @@ def _sentence(part: Finding) -> str:
 
 
 def _missing_files(config: RunConfig) -> Iterator[str]:
-    """Of those that a run reads."""
+    """Yield what is wrong with the files that a run reads."""
     checks: tuple[Callable[[RunConfig], None], ...] = (check_data_files, check_model_files)
     for check in checks:
         try:
@@ -117,7 +117,10 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
 
 
 def _advice(parts: Sequence[Finding], config: RunConfig, wrong: Sequence[str]) -> Iterator[str]:
-    """Of parts that are not broken; of Transformer Engine only to who would have it, and once."""
+    """Yield advice on parts that are not broken.
+
+    Transformer Engine is spoken of only to who would have it, and once.
+    """
     for part in parts:
         told = part.name == TE and any(part.fix in text for text in wrong)
         unwanted = part.name == TE and config.model.backend == "torch"
@@ -128,7 +131,7 @@ def _advice(parts: Sequence[Finding], config: RunConfig, wrong: Sequence[str]) -
 def _uses(
     found: Mapping[str, Finding], config: RunConfig, gpus_per_node: int | None
 ) -> dict[str, str]:
-    """What a run takes on this machine.
+    """Return what a run takes on this machine.
 
     Raises:
         ConfigError: it could not start.
@@ -166,7 +169,7 @@ def _uses(
 
 
 def _check_recipe(engine: Finding | None, config: RunConfig, backend: str) -> None:
-    """Whether the FP8 recipe worked when it was tried; ConfigError if not."""
+    """Check that the FP8 recipe worked when it was tried; ConfigError if not."""
     fp8 = config.model.fp8
     if backend == "torch" or fp8 == "none" or engine is None or engine.state != "works":
         return
@@ -193,7 +196,7 @@ def _fp8(config: RunConfig) -> str:
 
 
 def _weight_gradients(config: RunConfig, device: str, *, te: bool) -> str:
-    """Whose GEMM adds them up; as `gemm.choose_gemm` has it for what is projected."""
+    """Say whose GEMM adds them up; as `gemm.choose_gemm` has it for what is projected."""
     if not config.projects:
         return "the layers' own, added to main_grad by Megatron's DDP"
     kept = "float32" if config.model.dtype == "bfloat16" else config.model.dtype
@@ -206,14 +209,14 @@ def _weight_gradients(config: RunConfig, device: str, *, te: bool) -> str:
 
 
 def _adam(device: str, works: Callable[[str], bool]) -> str:
-    """Megatron takes the first that it can import."""
+    """Say whose Adam it is: Megatron takes the first that it can import."""
     if device == "cuda" and works(TE):
         return "Transformer Engine's FusedAdam"
     return "Apex's FusedAdam" if device == "cuda" and works("apex") else "torch's AdamW"
 
 
 def show(diagnosis: Diagnosis, console: Console, run: str = "") -> None:
-    """Tables as wide as the console; texts may hold brackets, and are no markup.
+    """Print tables as wide as the console; texts may hold brackets, and are no markup.
 
     Args:
         run: name of the one that was looked at.
@@ -240,7 +243,7 @@ def show(diagnosis: Diagnosis, console: Console, run: str = "") -> None:
 
 
 def _print_pairs(pairs: Sequence[tuple[str, str]], console: Console, style: str = "") -> None:
-    """Label and text, whose further lines stand below its first."""
+    """Print label and text, whose further lines stand below its first."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style=style)
     grid.add_column(overflow="fold")

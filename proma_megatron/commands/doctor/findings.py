@@ -90,7 +90,7 @@ def _broken(name: str, detail: str) -> Finding:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """With the ranks that it started, which would hold its pipes open."""
+    """End a child with the ranks that it started, which would hold its pipes open."""
     for process in (*psutil.Process(child.pid).children(recursive=True), child):
         try:
             process.kill()
@@ -100,7 +100,7 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def _reason(code: int, stderr: str) -> str:
-    """The error that ended a child: the last of its tracebacks, or its signal."""
+    """Return the error that ended a child: the last of its tracebacks, or its signal."""
     if code < 0:
         return f"ended by signal {-code}"
     errors = _ERROR.findall(stderr)

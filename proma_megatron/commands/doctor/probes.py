@@ -45,7 +45,7 @@ def broken(version: str, detail: str, fix: str) -> Result:
 
 
 def _has_driver() -> bool:
-    """Known before torch is imported, which takes seconds."""
+    """Tell whether there is a driver, before torch is imported, which takes seconds."""
     return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
 
 
@@ -58,7 +58,7 @@ def _has_gpu() -> bool:
 
 
 def machine() -> Result:
-    """Cores and memory that this process may use, and Python."""
+    """Report cores and memory that this process may use, and Python."""
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -70,7 +70,7 @@ def machine() -> Result:
 
 
 def torch_itself() -> Result:
-    """A product and a solve in float64."""
+    """Try a product and a solve in float64."""
     import torch
 
     matrix = torch.randn(64, 64, dtype=torch.float64) + 64 * torch.eye(64, dtype=torch.float64)
@@ -82,7 +82,7 @@ def torch_itself() -> Result:
 
 
 def gpus() -> Result:
-    """A product in bfloat16 on every GPU."""
+    """Try a product in bfloat16 on every GPU."""
     if not _has_driver():
         return absent("no NVIDIA driver")
     import torch
@@ -113,7 +113,7 @@ def gpus() -> Result:
 
 
 def _add_up(rank: int, backend: str, ranks: int, port: int) -> None:
-    """One rank's part of an all-reduce of all ranks' numbers."""
+    """Take one rank's part in an all-reduce of all ranks' numbers."""
     import torch
     import torch.distributed as dist
 
@@ -145,7 +145,7 @@ def gloo() -> Result:
 
 
 def nccl() -> Result:
-    """Between all GPUs: links that are set up wrongly show there only."""
+    """Try an all-reduce between all GPUs: links that are set up wrongly show there only."""
     if not _has_gpu():
         return absent("needs a GPU")
     import torch
@@ -161,7 +161,7 @@ def nccl() -> Result:
 
 
 def megatron_core() -> Result:
-    """Projected gradients of a tiny policy and an update: Megatron's model, schedule, DDP, Adam."""
+    """Try projected gradients of a tiny policy and an update: Megatron's model, DDP, Adam."""
     from proma_megatron.processes.entry import defer_compilation
 
     defer_compilation()
@@ -231,7 +231,7 @@ def transformer_engine() -> Result:
 
 
 def _try_te() -> tuple[list[str], list[str]]:
-    """Values of model.fp8 that work, and why the others don't."""
+    """Return the values of model.fp8 that work, and why the others don't."""
     from transformer_engine.common import recipe  # type: ignore[import-not-found]
 
     _try_te_layer(None)
@@ -253,7 +253,7 @@ def _try_te() -> tuple[list[str], list[str]]:
 
 
 def _try_te_layer(scaling: Any) -> None:
-    """A linear layer of ones forward and backward, its weight gradient added to float32."""
+    """Run a linear layer of ones forward and backward, its weight gradient added to float32."""
     import torch
     import transformer_engine.pytorch as te  # type: ignore[import-not-found]
 
@@ -274,7 +274,7 @@ def _try_te_layer(scaling: Any) -> None:
 
 
 def _try_fused_adam(module: str) -> None:
-    """An update of Adam's first step, which is the learning rate."""
+    """Make Adam's first update, whose size is the learning rate."""
     import importlib
 
     import torch
@@ -292,7 +292,7 @@ def _expect(what: str, found: Any, value: float) -> None:
 
 
 def apex() -> Result:
-    """NVIDIA's; PyPI has another project of this name."""
+    """Try NVIDIA's Apex; PyPI has another project of this name."""
     problem = libraries.apex_problem()
     if problem is not None:
         detail, _, fix = problem.partition("; ")
@@ -342,7 +342,7 @@ def sentencepiece() -> Result:
 
 
 def slurm() -> Result:
-    """A machine may have Slurm's programs and be no part of a cluster: nothing is broken then."""
+    """Look for Slurm; a machine with its programs that is no part of a cluster is not broken."""
     if shutil.which("sbatch") is None:
         return absent("no sbatch here; `proma launch slurm` can submit over SSH")
     name, _, version = _said("sbatch", "--version").partition(" ")
@@ -354,7 +354,7 @@ def slurm() -> Result:
 
 
 def _said(*command: str, seconds: float = 20.0) -> str:
-    """The first line that a program printed, or why there is none."""
+    """Return the first line that a program printed, or why there is none."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         lines = (done.stdout.strip() or done.stderr.strip()).splitlines()

@@ -8,7 +8,7 @@ MARK = "proma doctor: "  # before a child's result, which may follow what librar
 
 
 def installed_version(name: str) -> str:
-    """Of a distribution; empty for a folder on the path, which nothing has installed."""
+    """Return a distribution's version; "" for a folder on the path, which nothing has installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -60,6 +60,6 @@ def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: boo
 
 
 def default_output(saved: Saved, data: Path) -> Path:
-    """In the run's directory, or for a Hugging Face model in the current one."""
+    """Return a path in the run's directory, or for a Hugging Face model in the current one."""
     name = f"{saved.name}_{data.stem}.jsonl"
     return Path(f"eval_{name}") if saved.run is None else saved.run.path / "evaluation" / name

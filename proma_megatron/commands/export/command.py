@@ -91,7 +91,7 @@ def _check_size(text: str) -> None:
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
-    """Whether a new directory can be made there; ConfigError if not."""
+    """Check that a new directory can be made there; ConfigError if not."""
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not empty and not (overwrite and (out / "config.json").is_file()):
         raise ConfigError(

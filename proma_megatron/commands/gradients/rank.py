@@ -94,11 +94,11 @@ def _summary(
 
 
 def _finite(sums: UnitSums) -> dict[str, float | None]:
-    """The figures; what overflowed is null, for JSON has no other word."""
+    """Return the figures; what overflowed is null, for JSON has no other word."""
     return {k: v if math.isfinite(v) else None for k, v in sums.figures().items()}
 
 
 def _place(name: str) -> tuple[bool, int, str]:
-    """Layers in their order, then embedding, final norm and head."""
+    """Return a key that puts layers in their order, then embedding, final norm and head."""
     layer = layer_of(name)
     return layer is None, layer or 0, name

@@ -53,7 +53,7 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
 
 
 def _take_part(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-    """One rank among those that torchrun or srun started."""
+    """Run one rank among those that torchrun or srun started."""
     check_replicas(config, int(os.environ["WORLD_SIZE"]))
     if os.environ["RANK"] == "0":
         run_dir = _prepare(config, resume=resume, overwrite=overwrite)
@@ -95,7 +95,7 @@ def _prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDir:
 
 
 def _going_on(config: RunConfig, run_dir: RunDir) -> list[str]:
-    """Check the checkpoint as far as that takes no time; what has changed since, for the user."""
+    """Check the checkpoint as far as that takes no time; return what has changed since."""
     newest, first = run_dir.latest_checkpoint(), run_dir.checkpoint(0)
     assert newest is not None, "prepare_run_dir refuses to resume without one"
     for path in (newest,) if is_warm_start(newest) else (newest, first):
@@ -113,7 +113,7 @@ def _going_on(config: RunConfig, run_dir: RunDir) -> list[str]:
 
 
 def check_run(config: RunConfig) -> None:
-    """Whether a run of this configuration could start here; nothing is made or removed.
+    """Check that a run of this configuration could start here; nothing is made or removed.
 
     Raises:
         ConfigError: it could not.
@@ -124,7 +124,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def _check(config: RunConfig, trained: Path, *, resume: bool) -> list[str]:
-    """Check everything that the run reads; notes for the user.
+    """Check everything that the run reads; return notes for the user.
 
     Args:
         trained: where a tokenizer that the run trains itself is, or is written to.

@@ -38,7 +38,7 @@ from proma_megatron.training.build import build_run
 
 
 def run_rank(config: RunConfig, resume: bool, signals: StopSignals) -> None:
-    """The run of this rank, from torchrun's environment variables.
+    """Run this rank's part of a training, by torchrun's environment variables.
 
     The run directory and its tokenizer are there once the process group is: the launcher, or rank
     0, has made them. What can be checked alone is checked before, on every rank.

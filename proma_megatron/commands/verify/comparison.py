@@ -29,7 +29,7 @@ class KindError:
 
 
 def compare(layout: Path, alone: Path) -> list[KindError]:
-    """The largest relative error of each kind of parameter, by its name.
+    """Return the largest relative error of each kind of parameter, by its name.
 
     Raises:
         RuntimeError: the files don't hold the same tensors.
@@ -54,7 +54,7 @@ def compare(layout: Path, alone: Path) -> list[KindError]:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """``|found - expected| / |expected|``; NaN if either holds NaN."""
+    """Return ``|found - expected| / |expected|``; NaN if either holds NaN."""
     difference, norm = float((found - expected).norm()), float(expected.norm())
     if difference == 0:
         return 0.0

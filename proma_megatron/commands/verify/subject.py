@@ -41,7 +41,7 @@ class Subject:
 
 
 def read_subject(source: Path, overrides: Sequence[str]) -> Subject:
-    """A training configuration, or a Hugging Face directory, with what the user overrides.
+    """Read a training configuration, or a Hugging Face directory, with what the user overrides.
 
     A Hugging Face directory is verified in float64 unless told otherwise. A layout of one process
     becomes two tensor ranks, unless the user asked for it.
@@ -88,7 +88,7 @@ def _from_run(run: RunConfig) -> Subject:
 
 
 def random_batch(subject: Subject) -> list[list[TrainingSequence]]:
-    """Microbatches of different numbers of sequences of different lengths.
+    """Make microbatches of different numbers of sequences of different lengths.
 
     Few token ids, from all over the vocabulary: gradients of sequences that have nothing in common
     hardly overlap, and there would be next to nothing to project.
