@@ -19,7 +19,7 @@ _CHUNK = 16 * 2**20  # bytes read at a time
 
 
 def write_synced(path: Path, text: str) -> None:
-    """A file with this text, in place of what was there, or what was there: nothing between.
+    """Write a file with this text, in place of what was there; a crash leaves the one or the other.
 
     It is on the disk when this returns, and so is its name.
     """
@@ -55,7 +55,7 @@ def sync_file(path: Path) -> None:
 
 
 def size_and_checksum(path: Path) -> tuple[int, int]:
-    """Bytes of a file, and their CRC-32. It finds decay and truncation, not forgery."""
+    """Return the bytes of a file, and their CRC-32. It finds decay and truncation, not forgery."""
     size, checksum = 0, 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -65,7 +65,7 @@ def size_and_checksum(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Within the ``with`` block a run writes to this path, or beside it.
+    """Say in one sentence why the ``with`` block can't write to this path, or beside it.
 
     Raises:
         StorageError: the disk does not take it.
@@ -80,7 +80,7 @@ def written(path: Path) -> Iterator[None]:
 
 
 def why(error: OSError, path: Path) -> str:
-    """An operating system's refusal in words, with the room that is left where that matters."""
+    """Put an operating system's refusal in words, with the room that is left where that matters."""
     reason = error.strerror or str(error)
     try:
         found = os.statvfs(_existing(path))
@@ -99,7 +99,7 @@ def _existing(path: Path) -> Path:
 
 
 def check_output(path: Path, inputs: Iterable[Path]) -> None:
-    """Whether a file can be written there, without loss of what is read; ConfigError if not."""
+    """Check that a file can be written there, without loss of what is read; ConfigError if not."""
     if path.is_dir():
         raise ConfigError(f"--out is {path}, which is a directory; give the name of a file in it")
     if not path.parent.is_dir():
@@ -141,7 +141,7 @@ def write_once(path: Path, text: str) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file of these rows, in place of what ``path`` held."""
+    """Write a JSONL file of these rows, in place of what ``path`` held."""
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for row in rows:
             append_row(file, row)
@@ -153,7 +153,7 @@ def append_row(file: TextIO, row: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with every NaN and infinity in it replaced by None."""
+    """Return ``value`` with every NaN and infinity in it replaced by None."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -139,7 +139,7 @@ class Sequences:
         return len(self.offsets) - 1
 
     def indicator(self, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """(k, length), 1 where token ``start + j`` belongs to the sequence."""
+        """Return (k, length), 1 where token ``start + j`` belongs to the sequence."""
         if dtype not in self._indicators:  # every norm of every layer asks for it
             ids = torch.arange(self.count, device=self.owner.device)
             self._indicators[dtype] = (self.owner[None, :] == ids[:, None]).to(dtype)
@@ -150,7 +150,7 @@ class Sequences:
         return tuple(stop - start for start, stop in pairwise(self.offsets))
 
     def padded(self, values: torch.Tensor) -> torch.Tensor:
-        """One row a token (T, n) -> (k, L, n) for the longest sequence's L, with rows of 0."""
+        """Pad one row a token (T, n) to (k, L, n) for the longest sequence's L, with rows of 0."""
         return torch.cat([values, values.new_zeros(1, values.shape[1])])[self._places]
 
     @cached_property
@@ -165,11 +165,11 @@ class Sequences:
         return torch.where(inside, starts[:, None] + along, len(self.owner))
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """One value a sequence (k,) -> one a token (T,), 0 on padding."""
+        """Spread one value a sequence (k,) to one a token (T,), 0 on padding."""
         return torch.cat([values, values.new_zeros(1)])[self.owner]
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """One value a token (T,) -> their sum by sequence (k,); padding counts nowhere."""
+        """Sum one value a token (T,) by sequence (k,); padding counts nowhere."""
         offsets = torch.tensor(self.offsets, device=values.device)
         return torch.segment_reduce(values[: self.offsets[-1]], "sum", offsets=offsets)
 
@@ -216,5 +216,5 @@ class StepReport:
 
 
 def zero_variance(rewards: Sequence[float]) -> bool:
-    """Whether all rewards of a group are equal, so that nothing can be learned from it."""
+    """Tell whether all rewards of a group are equal, so that nothing can be learned from it."""
     return all(reward == rewards[0] for reward in rewards)

@@ -64,7 +64,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """NeMo-Run takes seconds to import, and `proma` imports this package for `proma launch`."""
+    """Import a name when it is asked for: NeMo-Run takes seconds, and `proma` imports this file."""
     for module, names in _WHERE.items():
         if name in names:
             return getattr(import_module(f"proma_megatron.launching.{module}"), name)

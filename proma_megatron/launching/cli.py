@@ -131,7 +131,7 @@ def local(
 
 @app.command()
 def status(id: _Id = None) -> None:  # noqa: A002
-    """How the jobs of an experiment are doing. Exits with 1 if one of them has failed."""
+    """Show how the jobs of an experiment are doing. Exits with 1 if one of them has failed."""
     from rich.console import Console
     from rich.table import Table
 
@@ -205,7 +205,7 @@ def _check_nemo_run() -> None:
 def _configs(
     path: Path, overrides: Sequence[str], axes: Sequence[str]
 ) -> tuple[str, list[RunConfig]]:
-    """A title, and a configuration for each combination of a sweep, with names of their own."""
+    """Return a title, and a configuration with its own name for each combination of a sweep."""
     from proma_megatron.config.loading import load_config
     from proma_megatron.launching.stages import sweep
 
@@ -245,7 +245,7 @@ def _notes(stages: Sequence[Stage], site: Cluster) -> list[str | None]:
 
 
 def _asked_for(stages: Sequence[Stage], site: Cluster) -> str:
-    """What the jobs take of the cluster, in a line for each."""
+    """Say what the jobs take of the cluster, in a line for each."""
     from proma_megatron.launching.nodes import nodes_for
 
     where = f", partition {site.partition}" if site.partition else ""
@@ -269,7 +269,7 @@ def _say(text: str) -> None:
 
 
 def _show_dry_run(scripts: Sequence[Script], site: Cluster) -> None:
-    """Each batch script with what its nodes run; then what is asked for, and what it is for."""
+    """Print each batch script with what its nodes run, then plans and what is asked for."""
     for script in scripts:
         print(f"==> {script.stage.name}: {script.command}\n{script.batch}")
         print(
@@ -282,7 +282,7 @@ def _show_dry_run(scripts: Sequence[Script], site: Cluster) -> None:
 
 
 def _show_plans(stages: Sequence[Stage], site: Cluster) -> None:
-    """What the trainings need; of those of a sweep that need the same, the first."""
+    """Print what the trainings need; of those of a sweep that need the same, the first."""
     from rich.console import Console
 
     from proma_megatron.planning.printing import print_plan
@@ -296,7 +296,7 @@ def _show_plans(stages: Sequence[Stage], site: Cluster) -> None:
 
 
 def _plans(stages: Sequence[Stage], site: Cluster) -> dict[str, Plan]:
-    """By the name of the run; of clusters with GPUs."""
+    """Plan the trainings, by the name of the run, for clusters with GPUs."""
     if not site.gpus_per_node:
         return {}
     from proma_megatron.data.loading import vocabulary
@@ -334,7 +334,7 @@ def _connected(jobs: Sequence[SubmittedJob]) -> AbstractContextManager[Connectio
 
 
 def _follow(id: str, job: str | None = None) -> None:  # noqa: A002
-    """To the end of the jobs, or to Ctrl-C; leaves by exit code 1 unless all succeeded."""
+    """Follow to the end of the jobs, or to Ctrl-C; exit with 1 unless all succeeded."""
     from proma_megatron.launching.connection import Here
     from proma_megatron.launching.logs import follow
 

@@ -108,7 +108,7 @@ def _line(value: str) -> str:
 
 
 def _text(value: Any) -> Any:
-    """As a shell would have it: YAML reads true and 1 as what they look like."""
+    """Return a value as a shell would have it: YAML reads true and 1 as what they look like."""
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, int | float | str):
@@ -117,7 +117,7 @@ def _text(value: Any) -> Any:
 
 
 def _parameter(value: Any) -> Any:
-    """A flag is there or not; everything else is text."""
+    """Return a flag as it is, for it is there or not, and everything else as text."""
     return value if isinstance(value, bool) else _line(_text(value))
 
 
@@ -166,7 +166,7 @@ class ContainerConfig(Section):
         return mounts
 
     def holds(self, path: PurePosixPath, *, to_write: bool = False) -> bool:
-        """Whether a mount brings this path of the job in."""
+        """Tell whether a mount brings this path of the job in."""
         plain = PurePosixPath(posixpath.normpath(path))
         holding = []
         for mount in self.mounts:

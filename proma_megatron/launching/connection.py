@@ -19,7 +19,7 @@ _KEEPALIVE_SECONDS = 30
 
 class Connection(Protocol):
     def run(self, command: str) -> str:
-        """Standard output of a shell command, whatever its exit code.
+        """Return the standard output of a shell command, whatever its exit code.
 
         Raises:
             UnreachableError: the cluster can't be asked.
@@ -56,7 +56,7 @@ class There:
 
 @contextlib.contextmanager
 def connect(tunnel: Any) -> Iterator[Connection]:
-    """The cluster of a NeMo-Run tunnel.
+    """Connect to the cluster of a NeMo-Run tunnel.
 
     Raises:
         ConfigError: the key is not there.

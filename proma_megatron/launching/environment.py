@@ -28,12 +28,12 @@ OF_THE_JOB = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def variables(cluster: Cluster) -> dict[str, str]:
-    """What a job of this cluster gets, by name."""
+    """Return what a job of this cluster gets, by name."""
     return {**DEFAULTS, **cluster.environment}
 
 
 def for_nemo_run(cluster: Cluster) -> dict[str, str]:
-    """`variables` as `SlurmExecutor.env_vars` takes them.
+    """Return `variables` as `SlurmExecutor.env_vars` takes them.
 
     NeMo-Run writes ``export NAME=value`` without quotes, and in capitals: other names are for
     `scripts.setup_lines`.
@@ -44,10 +44,10 @@ def for_nemo_run(cluster: Cluster) -> dict[str, str]:
 
 
 def in_small_letters(cluster: Cluster) -> dict[str, str]:
-    """Those of `variables` that NeMo-Run would rename, such as http_proxy."""
+    """Return those of `variables` that NeMo-Run would rename, such as http_proxy."""
     return {name: value for name, value in variables(cluster).items() if not name.isupper()}
 
 
 def of_a_container(cluster: Cluster) -> list[str]:
-    """Names whose values in the job prevail over those that an image sets."""
+    """Return names whose values in the job prevail over those that an image sets."""
     return sorted({*variables(cluster), *cluster.secrets, *OF_THE_JOB})

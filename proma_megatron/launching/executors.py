@@ -24,7 +24,7 @@ from proma_megatron.launching.shipping import checkout, revision
 def slurm_executor(
     cluster: Cluster, nodes: Nodes, *, resumes: bool = True, config: Path | None = None
 ) -> Any:
-    """What NeMo-Run needs to know of a cluster and of the nodes that a job takes.
+    """Tell NeMo-Run what it needs to know of a cluster and of the nodes that a job takes.
 
     The batch script exports MASTER_ADDR and MASTER_PORT, and queues the job again that ends with
     75. A task runs once on each node; with ``launcher="torchrun"`` NeMo-Run starts its ranks.
@@ -83,7 +83,7 @@ def slurm_executor(
 
 
 def local_executor() -> Any:
-    """This machine as NeMo-Run's `LocalExecutor`; a script of ours starts torchrun.
+    """Return this machine as NeMo-Run's `LocalExecutor`; a script of ours starts torchrun.
 
     What the shell says of `environment.DEFAULTS` prevails.
     """

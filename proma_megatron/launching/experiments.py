@@ -57,7 +57,7 @@ def build(
     id: str | None = None,  # noqa: A002 - NeMo-Run's name
     base_dir: Path | None = None,
 ) -> Iterator[Any]:
-    """A `nemo_run.Experiment` with a job for each stage, in its context.
+    """Build a `nemo_run.Experiment` with a job for each stage, in its context.
 
     Args:
         title: of the experiment.
@@ -111,7 +111,7 @@ def build(
 
 
 def nodes_of(stage: Stage, cluster: Cluster | None) -> Nodes:
-    """The nodes that a stage takes; this machine is one."""
+    """Return the nodes that a stage takes; this machine is one."""
     if cluster is not None:
         return nodes_for(stage.parallel, cluster)
     return Nodes(1, stage.parallel.world_size, 0)
@@ -124,7 +124,7 @@ def dry_run(
     *,
     id: str | None = None,  # noqa: A002
 ) -> list[Script]:
-    """What `submit` would hand to Slurm. Needs no cluster, and leaves nothing behind.
+    """Return what `submit` would hand to Slurm. Needs no cluster, and leaves nothing behind.
 
     Raises:
         ConfigError: see `build`.
@@ -195,7 +195,7 @@ def submit(
 
 
 def _check_places(cluster: Cluster) -> None:
-    """Whether NeMo-Run can work with these folders, whose names it doesn't quote.
+    """Check that NeMo-Run can work with these folders, whose names it doesn't quote.
 
     Without a container it replaces "/nemo_run", where containers find what is shipped.
     """
@@ -224,7 +224,7 @@ def _check_places(cluster: Cluster) -> None:
 
 
 def check_site(connection: Connection, cluster: Cluster) -> None:
-    """Whether jobs can be submitted there, with their secrets.
+    """Check that jobs can be submitted there, with their secrets.
 
     Raises:
         ConfigError: not so.
@@ -281,12 +281,12 @@ def _local_job(stage: Stage, nodes: Nodes, config: Path | None) -> tuple[str, An
 
 
 def _stopped(stage: Stage) -> PurePosixPath | None:
-    """What a training leaves that was stopped, and can go on."""
+    """Return the file that a training leaves that was stopped, and can go on."""
     return stage.run_dir / "logs" / STOPPED_FILE if stage.trains else None
 
 
 def _new_id(title: str) -> str:
-    """The title and the time, to the second, or a later one if there is such an experiment."""
+    """Return the title and the time in seconds, or a later one if there is such an experiment."""
     taken = Path(get_nemorun_home()) / "experiments" / title
     moment = time.time()
     while True:
@@ -298,7 +298,7 @@ def _new_id(title: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines that NeMo-Run logs of its own doing; errors come as exceptions."""
+    """Silence the lines that NeMo-Run logs of its own doing; errors come as exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -308,7 +308,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _take_back(experiment: Any) -> list[str]:
-    """Cancel what was submitted before a job was refused; the numbers of jobs that are left.
+    """Cancel what was submitted before a job was refused; return the numbers of jobs that are left.
 
     Without any, the record of the experiment is removed. NeMo-Run itself cancels nothing that the
     accounting database does not know yet.
@@ -331,7 +331,7 @@ def _place(cluster: Cluster) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What Slurm said, of what NeMo-Run makes of it."""
+    """Return what Slurm said, of what NeMo-Run makes of it."""
     result = getattr(error, "result", None)
     said = (getattr(result, "stderr", "") or str(error)).strip()
     lines = [line for line in said.splitlines() if line.strip()]

@@ -36,7 +36,7 @@ def run_here(title: str, stages: Sequence[Stage]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _stops_for_the_ranks(folder: Path) -> Iterator[None]:
-    """Within it, signals to this process are passed on to all that it has started.
+    """Pass signals to this process on to all that it has started, within the ``with`` block.
 
     Stages that have not begun look into the experiment's folder.
 

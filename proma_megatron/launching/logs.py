@@ -30,7 +30,7 @@ class LogFile:
 
 
 def log_files(connection: Connection, job: SubmittedJob) -> list[LogFile]:
-    """The logs of a job: those of each attempt, then the batch script's.
+    """Return the logs of a job: those of each attempt, then the batch script's.
 
     Raises:
         UnreachableError: the cluster can't be asked.
@@ -55,7 +55,7 @@ def log_files(connection: Connection, job: SubmittedJob) -> list[LogFile]:
 
 
 def read(connection: Connection, path: str, start: int) -> Iterator[bytes]:
-    """A file from byte ``start`` on, in pieces, as it is, whatever that means as text.
+    """Yield a file from byte ``start`` on, in pieces, as it is, whatever that means as text.
 
     To its end, not to the size that was listed: a network file system may have told an old one.
     """
@@ -74,7 +74,7 @@ def read(connection: Connection, path: str, start: int) -> Iterator[bytes]:
 def show(
     connection: Connection, jobs: Iterable[SubmittedJob], *, batch: bool = False
 ) -> Iterator[str]:
-    """Lines of the logs of all attempts, under headings.
+    """Yield lines of the logs of all attempts, under headings.
 
     Args:
         batch: also what the batch script printed, with the trace of its shell.
@@ -127,7 +127,7 @@ def follow(
     seconds: float,
     say: Callable[[str], None],
 ) -> list[JobState]:
-    """Print the logs of jobs as they grow, until all are over; what became of each.
+    """Print the logs of jobs as they grow, until all are over; return what became of each.
 
     A cluster that does not answer for a while is asked again. A job that it does not know any more
     is given up, with the state `UNKNOWN`.

@@ -25,7 +25,7 @@ class Nodes:
 
 
 def nodes_for(parallel: ParallelConfig, cluster: Cluster) -> Nodes:
-    """Full nodes, or a part of a single one.
+    """Return full nodes, or a part of a single one.
 
     Raises:
         ConfigError: the ranks don't fill whole nodes.
@@ -44,7 +44,7 @@ def nodes_for(parallel: ParallelConfig, cluster: Cluster) -> Nodes:
 
 
 def note_on_tensor_parallel(parallel: ParallelConfig, nodes: Nodes) -> str | None:
-    """A warning if tensor-parallel groups span nodes; every layer would wait for the network."""
+    """Warn if tensor-parallel groups span nodes: every layer would wait for the network."""
     if parallel.tensor <= nodes.ranks:
         return None
     return (

@@ -32,7 +32,7 @@ def setup_lines(
     max_requeues: int,
     requeue_failures: int,
 ) -> str:
-    """What the batch script does before it starts the nodes, on the first of them.
+    """Write what the batch script does before it starts the nodes, on the first of them.
 
     Args:
         site: the cluster file's own lines.
@@ -82,13 +82,13 @@ def setup_lines(
 
 
 def _checked(line: str) -> str:
-    """A line of the site that ends the job if it fails, and says so."""
+    """Return a line of the site that ends the job if it fails, and says so."""
     said = shlex.quote(f"{SETUP_FAILED}: {line}")
     return f"{{ :\n{line}\n}} || {{ echo {said}; exit 1; }}"  # it may be a comment, or end in one
 
 
 def node_script(arguments: Sequence[str], nodes: Nodes, *, stopped: PurePosixPath | None) -> str:
-    """What each node of a Slurm job runs: its ranks, under torchrun.
+    """Write what each node of a Slurm job runs: its ranks, under torchrun.
 
     Args:
         arguments: of `proma`.
@@ -117,7 +117,7 @@ def local_script(
     stopped: PurePosixPath | None,
     after: str | None,
 ) -> str:
-    """The same on this machine; without Slurm, stages look themselves whether one succeeded.
+    """Write the same for this machine; without Slurm, stages look themselves whether one succeeded.
 
     Args:
         after: the stage that must have.

@@ -22,12 +22,12 @@ _CONFIG_FILE = "proma_job.yaml"
 
 
 def checkout() -> Path:
-    """The folder that holds this package and `proma_megatron`."""
+    """Return the folder that holds `proma_megatron`."""
     return Path(__file__).resolve().parents[2]
 
 
 def revision(cluster: Cluster) -> str | None:
-    """The commit whose files a job gets; None: it gets none, they are in its image.
+    """Return the commit whose files a job gets; None: it gets none, they are in its image.
 
     With ``code: working_tree`` a commit of the files as they are, which no branch holds.
 
@@ -50,7 +50,7 @@ def revision(cluster: Cluster) -> str | None:
 
 @functools.cache  # all jobs of an experiment get the same
 def _as_it_is(folder: Path, head: str) -> str:
-    """A commit of the tracked files of this folder as they are now."""
+    """Commit the tracked files of this folder as they are now, outside of all branches."""
     made = _git("stash", "create")
     if made is None:
         raise ConfigError(
@@ -61,12 +61,12 @@ def _as_it_is(folder: Path, head: str) -> str:
 
 
 def take_working_tree_anew() -> None:
-    """For the next experiment of this process."""
+    """Forget the working tree's commit, for the next experiment of this process."""
     _as_it_is.cache_clear()
 
 
 def left_behind(cluster: Cluster) -> str | None:
-    """A warning of files whose present state a job will not see."""
+    """Warn of files whose present state a job will not see."""
     if cluster.code == "image":
         return None
     status = (_git("status", "--porcelain", "--untracked-files=normal") or "").splitlines()
@@ -90,7 +90,7 @@ def _some(names: list[str]) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in the checkout; None if it fails or there is no git."""
+    """Return the output of a git command in the checkout; None if it fails or there is no git."""
     try:
         result = subprocess.run(
             ["git", "-C", str(checkout()), *arguments], capture_output=True, text=True, check=False
@@ -104,12 +104,12 @@ def _git(*arguments: str) -> str | None:
 
 
 def arguments_of(stage: Stage, config: PurePath | None) -> tuple[str, ...]:
-    """Those of `proma` in the job, which finds its configuration there."""
+    """Return the arguments of `proma` in the job, which finds its configuration there."""
     return tuple(str(config) if word == CONFIG else word for word in stage.arguments)
 
 
 def write_config(stage: Stage, folder: Path) -> Path | None:
-    """The file that goes into the job's code folder, if the stage needs one."""
+    """Write the file that goes into the job's code folder, if the stage needs one."""
     if CONFIG not in stage.arguments:
         return None
     path = folder / stage.name / _CONFIG_FILE
@@ -119,7 +119,7 @@ def write_config(stage: Stage, folder: Path) -> Path | None:
 
 
 def for_cluster(config: RunConfig, cluster: Cluster) -> RunConfig:
-    """The configuration as a job of this cluster reads it.
+    """Return the configuration as a job of this cluster reads it.
 
     Run directories go where the cluster file says, other relative paths become absolute, and the
     run stops by itself before the time limit.
@@ -138,7 +138,7 @@ def for_cluster(config: RunConfig, cluster: Cluster) -> RunConfig:
 
 
 def file_for(name: str, path: Path, cluster: Cluster) -> Path:
-    """A file or folder that a job reads, as it sees it.
+    """Return a file or folder that a job reads, as it sees it.
 
     Args:
         name: of the option or key, for errors.
@@ -182,7 +182,7 @@ def _runs(config: RunConfig, cluster: Cluster) -> Path:
 
 
 def _shipped(cluster: Cluster) -> frozenset[str]:
-    """Files and folders of the code, relative to it."""
+    """Return files and folders of the code, relative to it."""
     commit = revision(cluster)
     return frozenset() if commit is None else _tracked(commit)
 
@@ -195,7 +195,7 @@ def _tracked(commit: str) -> frozenset[str]:
 
 
 def _paths(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[Any, Path]]:
-    """Keys and values of all paths of a configuration."""
+    """Yield keys and values of all paths of a configuration."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _paths(value, (*above, key))

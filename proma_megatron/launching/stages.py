@@ -46,7 +46,7 @@ def stages_of(
     samples: int | None = None,
     export: str | None = None,
 ) -> list[Stage]:
-    """A training for each configuration, and what follows each of them.
+    """Return a training for each configuration, and what follows each of them.
 
     Args:
         configs: with names of their own.
@@ -105,7 +105,7 @@ def stages_of(
 
 
 def sweep(axes: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Every combination of ``key=value,value`` axes: a suffix for the name, and overrides.
+    """Return every combination of ``key=value,value`` axes: a suffix for the name, and overrides.
 
     Without axes there is one, with an empty suffix.
 
@@ -141,5 +141,5 @@ def sweep(axes: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _plain(text: str) -> str:
-    """Fit for a name of a directory."""
+    """Make a text fit for a name of a directory."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_.-")

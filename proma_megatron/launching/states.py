@@ -71,7 +71,7 @@ class JobState:
 
 
 def ask(connection: Connection, jobs: Sequence[SubmittedJob]) -> list[JobState]:
-    """The state of each job.
+    """Ask for the state of each job.
 
     Slurm's controller forgets jobs minutes after their end. Then what the batch script said last
     is looked up, and where it could say nothing the accounting database is asked, if there is one.
@@ -89,7 +89,7 @@ def ask(connection: Connection, jobs: Sequence[SubmittedJob]) -> list[JobState]:
 
 
 def _question(job: SubmittedJob) -> str:
-    """A shell command that answers with a line: the job's id, and what `parse` takes."""
+    """Return a shell command that answers with a line: the job's id, and what `parse` takes."""
     if job.tunnel is None:  # NeMo-Run ran it on this machine
         good, bad = (shlex.quote(f"{job.folder}/{name}") for name in (SUCCEEDED, FAILED))
         return (
@@ -110,7 +110,7 @@ def _question(job: SubmittedJob) -> str:
 
 
 def parse(answer: str) -> JobState:
-    """A line of ``scontrol -o show job``, of a batch script's end, or of sacct's."""
+    """Parse a line of ``scontrol -o show job``, of a batch script's end, or of sacct's."""
     if "JobState=" in answer:
         field = dict(re.findall(r"(\w+)=(\S*)", answer))
         reason = field.get("Reason", "None")
@@ -141,7 +141,7 @@ def parse(answer: str) -> JobState:
 
 
 def _exit_code(text: str | None) -> int | None:
-    """Of Slurm's ``code:signal``; a signal counts as shells count it."""
+    """Return the exit code in Slurm's ``code:signal``; a signal counts as shells count it."""
     code, _, signal = (text or "").partition(":")
     if not code.isdigit():
         return None

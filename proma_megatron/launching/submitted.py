@@ -30,7 +30,7 @@ class Submitted:
 
 
 def find(name: str | None) -> Submitted:
-    """The experiment of this id; of this title, or of any: the newest.
+    """Find the experiment of this id; of this title, or of any: the newest.
 
     Raises:
         ConfigError: there is none.
@@ -70,5 +70,5 @@ def _read(id: str) -> Submitted:  # noqa: A002
 
 
 def number_of(handle: str) -> str:
-    """Slurm's number of a job, of NeMo-Run's handle slurm_tunnel://nemo_run/1234; "" of none."""
+    """Return a job's number, from NeMo-Run's handle slurm_tunnel://nemo_run/1234; "" if none."""
     return handle.rpartition("://")[2].split("/")[1] if handle else ""

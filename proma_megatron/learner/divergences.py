@@ -29,7 +29,11 @@ class Divergences:
     """
 
     def __init__(self, config: RunConfig, learner: Learner, of_every_step: bool = False) -> None:
-        """``of_every_step``: the divergence of each step is needed, due or not."""
+        """Measure the divergences of a run.
+
+        Args:
+            of_every_step: the divergence of each step is needed, due or not.
+        """
         self.config, self.learner = config.trainer, learner
         self.of_every_step = of_every_step
         self.initial: WeightSnapshot | None = None
@@ -38,7 +42,7 @@ class Divergences:
             self.lagged = RunningMean(learner.policy, self.config.lag_steps)
 
     def to_lagged(self, step: int, batch: Batch, joined: bool = False) -> dict[str, float]:
-        """Before training: KL to the policies of earlier steps, which the current one then joins.
+        """Measure KL to earlier steps' policies before training; the current one then joins them.
 
         The first step has no earlier policy: its own, the initial one, stands in for it.
 
@@ -60,11 +64,11 @@ class Divergences:
         return found
 
     def looks_back(self, step: int) -> bool:
-        """Whether `after_step` measures anything."""
+        """Tell whether `after_step` measures anything."""
         return self._initial_due(step) or self._step_due(step)
 
     def after_step(self, step: int, batch: Batch) -> dict[str, float]:
-        """After training: KL to the initial policy and of the step, where they are due."""
+        """Measure KL to the initial policy and of the step after training, where they are due."""
         found: dict[str, float] = {}
         if self._step_due(step):
             found["policy/kl_step"] = self.learner.divergence(_flat(batch))
@@ -89,5 +93,5 @@ class Divergences:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that is done every so many steps, and after the last, is done now."""
+    """Tell whether something done every so many steps, and after the last, is done now."""
     return step == last or (every > 0 and step % every == 0)

@@ -21,14 +21,14 @@ Batch = Sequence[Sequence[TrainingSequence]]
 
 
 def denominator(batch: Batch) -> float:
-    """N: the loss tokens of all microbatches."""
+    """Return N: the loss tokens of all microbatches."""
     return float(loss_tokens([sequence for microbatch in batch for sequence in microbatch]))
 
 
 def replica_share(
     batch: Batch, replica: int, replicas: int, policy: Policy, total: float
 ) -> list[Microbatch]:
-    """The packed chain of one replica: microbatches ``replica``, ``replica + replicas``, ...
+    """Pack the chain of one replica: microbatches ``replica``, ``replica + replicas``, ...
 
     Sequences without loss tokens, whose gradients are 0, are left out. Empty microbatches fill it
     up to at least one, and to what an interleaved schedule takes.
@@ -47,7 +47,7 @@ def replica_share(
 def accumulate(
     policy: Policy, microbatches: Sequence[Microbatch], projection: ProjectionConfig
 ) -> dict[str, UnitSums]:
-    """The accumulated gradient in ``main_grad``, reduced over replicas.
+    """Accumulate the gradient in ``main_grad``, reduced over replicas.
 
     Returns:
         What was projected, by unit, of all stages and replicas.
@@ -69,7 +69,7 @@ def projected_gradients(
     chains: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, UnitSums]]:
-    """The unsharded gradient of every Hugging Face tensor (on rank 0; empty elsewhere).
+    """Return the unsharded gradient of every Hugging Face tensor (on rank 0; empty elsewhere).
 
     Args:
         total: N, where ``batch`` is only a part of the minibatch.

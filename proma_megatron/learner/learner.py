@@ -50,7 +50,8 @@ class Learner:
         accumulator: Accumulator | None = None,
         watch: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """
+        """Take over the training of a policy.
+
         Args:
             watch: what to enter for a part of a step, by its name.
         """
@@ -70,7 +71,7 @@ class Learner:
         *,
         compares: bool = False,
     ) -> dict[str, float]:
-        """One optimizer step per minibatch of groups; what it was like.
+        """Make one optimizer step per minibatch of groups; return what it was like.
 
         A minibatch whose update is not finite is skipped, counted in ``optimizer/skipped``, and
         leaves no trace in figures of updates. What only an update could tell is NaN, or missing,
@@ -120,7 +121,7 @@ class Learner:
         return metrics | diagnostics.metrics(units)
 
     def gradients(self, minibatch: Sequence[TrainingSequence], kl: float = 0.0) -> Sums:
-        """Gradients of one minibatch in ``main_grad``, reduced; sums over all replicas."""
+        """Compute reduced gradients of a minibatch in ``main_grad``; return all replicas' sums."""
         return self._gradients(minibatch, kl).sums
 
     def _gradients(
@@ -141,7 +142,7 @@ class Learner:
     def supervise(
         self, sequences: Sequence[TrainingSequence], optimizer: Optimizer
     ) -> dict[str, float]:
-        """One optimizer step of cross-entropy on these sequences; what it was like.
+        """Make one optimizer step of cross-entropy on these sequences; return what it was like.
 
         It is skipped as by `update`.
         """
@@ -157,7 +158,7 @@ class Learner:
         }
 
     def _is_finite(self, found: Accumulated, minibatch: int) -> bool:
-        """Whether an update may be made; if not, its offences are kept, and ``main_grad`` lost.
+        """Tell whether an update may be made; if not, keep its offences, and lose ``main_grad``.
 
         And delayed scaling forgets: what is not finite would keep its scales as they are for as
         long as it remembers.
@@ -188,7 +189,7 @@ class Learner:
         *,
         compares: bool = False,
     ) -> Accumulated:
-        """Gradients of these sequences, given to all replicas."""
+        """Accumulate gradients of these sequences, all of which every replica is given."""
         topology, plans = self.policy.topology, self._training_plans(sequences)
         done = Pass(
             self.policy,
@@ -228,7 +229,7 @@ class Learner:
     # ------------------------------------------------------------------ looking
 
     def logprobs(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
-        """Log-probabilities of the tokens that count, under the policy's weights; else 0.
+        """Return log-probabilities of the tokens that count, under the policy's weights; else 0.
 
         Returns:
             For each sequence L numbers, on every rank.
@@ -253,11 +254,11 @@ class Learner:
         return [everything[at] for at in range(len(sequences))]
 
     def divergence(self, sequences: Sequence[TrainingSequence]) -> float:
-        """KL(sampling policy, policy) per token: the k3 estimate on these rollouts."""
+        """Estimate KL(sampling policy, policy) per token, in nats, by k3 on these rollouts."""
         return self._divergence(self._evaluated(sequences, self._plan(sequences)))
 
     def divergence_of_reference(self, sequences: Sequence[TrainingSequence]) -> float:
-        """What `divergence` says with the weights of the reference policy, without a forward pass.
+        """Return `divergence` at the weights of the reference policy, without a forward pass.
 
         The sequences carry its log-probabilities.
         """
@@ -276,7 +277,7 @@ class Learner:
         return sum(total for total, _ in shares) / max(1.0, sum(count for _, count in shares))
 
     def _agreed[Value](self, value: Value) -> Value:
-        """What the last stage has found, bit by bit the same on all ranks of this replica.
+        """Return what the last stage has found, bit by bit the same on all ranks of this replica.
 
         Penalties and coefficients are made of it, and with them how many microbatches there are.
         """
@@ -286,7 +287,7 @@ class Learner:
     def _evaluated(
         self, sequences: Sequence[TrainingSequence], plan: Plan
     ) -> list[tuple[Microbatch, torch.Tensor | None]]:
-        """Each microbatch with its log-probabilities (T,), None except on the last stage."""
+        """Return each microbatch with its log-probabilities (T,), None except on the last stage."""
         microbatches = self._pack(sequences, plan, 1.0)
         values = evaluate_logprobs(self.policy, microbatches, self.config.rollout.temperature)
         return list(zip(microbatches, values or [None] * len(microbatches), strict=True))
@@ -294,7 +295,7 @@ class Learner:
     # ------------------------------------------------------------------ microbatches
 
     def _plans(self, sequences: Sequence[TrainingSequence]) -> list[Plan]:
-        """Each replica's microbatches, as many in all of them."""
+        """Plan each replica's microbatches, as many in all of them."""
         topology, batching = self.policy.topology, self.config.batching
         size = batching.sequences_per_microbatch
         multiple = topology.pipeline.size if topology.virtual_pipeline > 1 else 1
@@ -308,11 +309,11 @@ class Learner:
         )
 
     def _plan(self, sequences: Sequence[TrainingSequence]) -> Plan:
-        """This replica's microbatches."""
+        """Plan this replica's microbatches."""
         return self._plans(sequences)[self.policy.topology.data.rank]
 
     def _training_plans(self, sequences: Sequence[TrainingSequence]) -> list[Plan]:
-        """The same for a backward pass, to which sequences without loss tokens give nothing."""
+        """Plan a backward pass, to which sequences without loss tokens give nothing."""
         counted = [at for at, sequence in enumerate(sequences) if sequence.loss_tokens]
         if self.config.batching.sequences_per_microbatch is not None:  # who goes with whom stays
             wanted = set(counted)
@@ -328,7 +329,7 @@ class Learner:
     def _pack(
         self, sequences: Sequence[TrainingSequence], plan: Plan, denominator: float
     ) -> list[Microbatch]:
-        """This replica's microbatches; the denominator counts all replicas."""
+        """Pack this replica's microbatches; the denominator counts all replicas."""
         topology = self.policy.topology
         with self.watch("pack"):
             return [

@@ -31,11 +31,11 @@ class Pass:
     temperature: float
 
     def run(self) -> Sums:
-        """Gradients in ``main_grad``, reduced; sums of this replica."""
+        """Compute gradients in ``main_grad``, reduced; return sums of this replica."""
         return self._accumulate(self.microbatches, reduce=True)
 
     def fails(self, first: int, stop: int) -> What | None:
-        """What of a part of the chain is not finite by itself; the same on all of the replica.
+        """Find what of a part of the chain is not finite by itself; the same on the whole replica.
 
         Overwrites ``main_grad``. Replicas don't wait for each other.
         """
@@ -54,7 +54,7 @@ class Pass:
         return kinds[topology.least(mine, topology.model)]
 
     def unprojected(self) -> list[int]:
-        """Microbatches that could not be projected in the last pass, on this rank."""
+        """Return microbatches that could not be projected in the last pass, on this rank."""
         return self.accumulator.tally.not_finite() if self.accumulator is not None else []
 
     def _accumulate(self, microbatches: Sequence[Microbatch], reduce: bool) -> Sums:
@@ -69,7 +69,7 @@ class Pass:
 
 
 def is_finite(done: Pass, sums: Sums) -> bool:
-    """Whether the update that this pass has prepared may be made; the same on every rank.
+    """Tell whether the update that this pass has prepared may be made; the same on every rank.
 
     Args:
         sums: of this replica.
@@ -79,7 +79,7 @@ def is_finite(done: Pass, sums: Sums) -> bool:
 
 
 def gradient_fits(policy: Policy) -> bool:
-    """Whether this rank's gradients, and their squares added up over ranks, are finite.
+    """Tell whether this rank's gradients, and their squares added up over ranks, are finite.
 
     Squares are what clipping and Adam make of them: where these overflow, the clipped gradient is
     0, or Adam's second moment infinite for good, and no gradient is NaN.

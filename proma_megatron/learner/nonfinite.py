@@ -54,7 +54,7 @@ class Blame:
 
 
 def blame(done: Pass, sums: Sums) -> list[Blame | None]:
-    """What is to blame in each replica, after an update that is not finite; on every rank the same.
+    """Find what is to blame, by replica, for an update that is not finite; the same on all ranks.
 
     In this order, and only the first that finds anything: microbatches whose loss is not finite;
     microbatches that are not finite by themselves; chains up to where projection failed; whole
@@ -90,7 +90,7 @@ def _by_loss(sums: Sums) -> Blame | None:
 
 
 def _by_itself(done: Pass, last: int) -> Blame | None:
-    """The first of microbatches 0 to ``last`` that is not finite alone."""
+    """Find the first of microbatches 0 to ``last`` that is not finite alone."""
     for index in range(last + 1):
         if not done.microbatches[index].lengths:
             continue  # it only keeps replicas in step
@@ -103,7 +103,7 @@ def _by_itself(done: Pass, last: int) -> Blame | None:
 def offences(
     found: Sequence[Blame | None], chains: Sequence[Chain], minibatch: int, denominator: float
 ) -> list[Offence]:
-    """The offences of one skipped update.
+    """Return the offences of one skipped update.
 
     Args:
         found: by replica.
@@ -124,7 +124,7 @@ def offences(
 
 
 def _marked(chain: Chain, positions: Sequence[int]) -> Chain:
-    """The chain with NaN for the weights of these positions of its only microbatch."""
+    """Return the chain with NaN for the weights of these positions of its only microbatch."""
     if not positions:
         return chain
     ((*sequences,),) = chain

@@ -105,7 +105,7 @@ class Optimizer:
                 state["step"] = state["step"].clone()
 
     def _torch_parts(self) -> list[Any]:
-        """Megatron's optimizers around torch's Adam; fused ones count in their own way."""
+        """Return Megatron's optimizers around torch's Adam; fused ones count in their own way."""
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
 
@@ -119,7 +119,7 @@ class Optimizer:
         self.scheduler.load_state_dict(scheduler)
 
     def step(self) -> dict[str, float]:
-        """Update the weights from ``main_grad``; the gradient's norm and the rate that was used."""
+        """Update the weights from ``main_grad``; return the gradient's norm and the rate used."""
         with self.policy.topology.megatron_calls():
             # Megatron's rate for update n is that of step n; before the first it is still 0.
             self.scheduler.step(increment=1)

@@ -47,7 +47,7 @@ class References:
         return self.config.kl.target is not None and self.config.kl.reference == "rollout"
 
     def attach(self, batch: Batch, initial: WeightSnapshot) -> tuple[Batch, dict[str, float]]:
-        """The batch with log-probabilities of the reference, and with weights for the mismatch.
+        """Add log-probabilities of the reference to the batch, and weights for the mismatch.
 
         With ``loss.mismatch`` the trainer's own log-probabilities become those of the sampling
         policy, and the generator's enter only through the weights. On-policy ratios are then
@@ -93,13 +93,13 @@ class References:
         return replace(sequence, old_logprobs=logprobs, token_weights=token_weights)
 
     def penalties(self, batch: Batch) -> list[list[float]]:
-        """What each reward loses to the KL penalty: the coefficient times the estimate's sum."""
+        """Return what each reward loses to the KL penalty: coefficient times summed estimates."""
         if not self.coefficient or self.config.kl.place != "reward":
             return [[0.0] * len(found) for found in batch]
         return [[self.coefficient * self._sum(s) for s in found] for found in batch]
 
     def _sum(self, sequence: TrainingSequence) -> float:
-        """The estimates of a sequence's tokens, added up."""
+        """Add up the estimates of a sequence's tokens."""
         assert sequence.reference_logprobs is not None
         sampled = torch.tensor(_counted(sequence, sequence.old_logprobs), dtype=torch.float64)
         other = torch.tensor(_counted(sequence, sequence.reference_logprobs), dtype=torch.float64)
@@ -123,7 +123,7 @@ class References:
 def _disagreement(
     sequences: Sequence[TrainingSequence], own: Sequence[Sequence[float]]
 ) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the generator's."""
+    """Measure how far the trainer's log-probabilities are from the generator's."""
     differences = [
         abs(mine - theirs)
         for s, logprobs in zip(sequences, own, strict=True)
@@ -136,7 +136,7 @@ def _disagreement(
 
 
 def _counted(sequence: TrainingSequence, values: Sequence[float]) -> list[float]:
-    """The values of the tokens that the loss counts."""
+    """Return the values of the tokens that the loss counts."""
     return [value for value, counts in zip(values, sequence.loss_mask, strict=True) if counts]
 
 

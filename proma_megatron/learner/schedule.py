@@ -80,7 +80,7 @@ def forward_backward(
     temperature: float = 1.0,
     reduce: bool = True,
 ) -> Sums:
-    """Gradients of all microbatches in ``main_grad``, reduced and ready for the optimizer.
+    """Compute gradients of all microbatches in ``main_grad``, reduced, ready for the optimizer.
 
     With an accumulator, backward carries unit losses and the accumulator owns ``main_grad``;
     without, this is Megatron's own accumulation. With ``reduce=False`` each rank is left with what
@@ -110,7 +110,7 @@ def forward_backward(
 def evaluate_logprobs(
     policy: Policy, microbatches: Sequence[Microbatch], temperature: float = 1.0
 ) -> list[torch.Tensor] | None:
-    """Log-probabilities (T,) of the labels of each microbatch; None except on the last stage."""
+    """Return log-probabilities (T,) of each microbatch's labels; None except on the last stage."""
     found: list[torch.Tensor] = []
 
     def step(microbatch: Microbatch, chunk: int, output: torch.Tensor) -> tuple[Any, Any]:
@@ -174,7 +174,7 @@ def _forward_step(
 
 
 def _no_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """Megatron's token count; N is in the loss already, and `_finalize` ignores this."""
+    """Return no token count: N is in the loss already, and `_finalize` ignores Megatron's."""
     return torch.zeros((), dtype=torch.int, device=logits.device)
 
 
@@ -250,7 +250,7 @@ def _sums(
 def _bad_loss(
     logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch, options: LossOptions
 ) -> BadLoss:
-    """What of the loss is not finite; found again, as it was not kept."""
+    """Find what of the loss is not finite, anew, as it was not kept."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         loss = policy_loss(leaf, entropy, microbatch, options)

@@ -19,7 +19,7 @@ class WeightSnapshot:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The policy has these weights within the ``with`` block, and its own again after it."""
+        """Give the policy these weights within the ``with`` block, and its own again after it."""
         with _stand_in(self.policy, self._saved):
             yield
 
@@ -53,13 +53,13 @@ class RunningMean:
         return self._mean
 
     def allocate(self) -> list[torch.Tensor]:
-        """Room for a mean that is read from a checkpoint, as `weights`."""
+        """Make room for a mean that is read from a checkpoint, as `weights`."""
         self._mean = [torch.zeros_like(w) for w in _precise(_copies(self.policy))]
         return self._mean
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The policy has the mean weights within the ``with`` block, and its own after it."""
+        """Give the policy the mean weights within the ``with`` block, and its own after it."""
         with _stand_in(self.policy, self._mean):
             yield
 

@@ -46,7 +46,7 @@ class PackedLayout(PackedSeqParams):
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], total: int, device: torch.device) -> PackedLayout:
-        """Layout of sequences of these lengths, padded to ``total`` tokens."""
+        """Lay out sequences of these lengths, padded to ``total`` tokens."""
         padding = total - sum(lengths)
         pieces = [*lengths, padding] if padding else list(lengths)
         cu_seqlens = torch.tensor([0, *pieces], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -71,7 +71,7 @@ class PackedLayout(PackedSeqParams):
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of the lengths in blocks; none is below 1 / sqrt(2) of a longer one that is not short.
+    """Group places of lengths: in a block none is below 1 / sqrt(2) of one that is not short.
 
     Within a block they keep their order.
     """
@@ -109,7 +109,7 @@ class KeyValueCache(StaticInferenceContext):
     def append(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store (n, batch, heads, dim) at the end; everything stored so far of this layer."""
+        """Store (n, batch, heads, dim) at the end; return all that is stored of this layer."""
         if layer not in self.layers:
             shape = (self.max_sequence_length, *key.shape[1:])
             self.layers[layer] = (key.new_empty(shape), value.new_empty(shape))
@@ -120,12 +120,12 @@ class KeyValueCache(StaticInferenceContext):
         return keys[:end], values[:end]
 
     def positions(self, count: int) -> torch.Tensor:
-        """(batch, count) positions of the next ``count`` slots; 0 on padding."""
+        """Return (batch, count) positions of the next ``count`` slots; 0 on padding."""
         slots = torch.arange(self.length, self.length + count, device=self.padding.device)
         return (slots[None, :] - self.padding[:, None]).clamp(min=0)
 
     def mask(self, count: int) -> torch.Tensor:
-        """(batch, 1, count, length + count) bool, True where attention is not allowed."""
+        """Return (batch, 1, count, length + count) bool, True where attention is not allowed."""
         device = self.padding.device
         keys = torch.arange(self.length + count, device=device)
         queries = torch.arange(self.length, self.length + count, device=device)
@@ -207,7 +207,7 @@ class CoreAttention(MegatronModule):
 def _packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
 ) -> torch.Tensor:
-    """(T, heads, dim) -> (T, heads * dim), each sequence on its own."""
+    """Attend within each sequence: (T, heads, dim) -> (T, heads * dim)."""
     order, inverse = layout.order, layout.inverse
     if order is None or inverse is None:
         (block,) = layout.blocks
@@ -224,7 +224,7 @@ def _packed_attention(
 def _block_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: Block
 ) -> torch.Tensor:
-    """(n, heads, dim) -> (n, heads * dim)."""
+    """Attend within each sequence of a block: (n, heads, dim) -> (n, heads * dim)."""
 
     def unpack(x: torch.Tensor) -> torch.Tensor:
         # index_copy and not advanced indexing: its backward is a gather, which is deterministic.
@@ -243,6 +243,6 @@ def _block_attention(
 
 
 def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(b, groups, s, dim) -> (b, heads, s, dim) for grouped-query attention."""
+    """Repeat (b, groups, s, dim) to (b, heads, s, dim) for grouped-query attention."""
     repeat = heads // x.shape[1]
     return x if repeat == 1 else x.repeat_interleave(repeat, dim=1)

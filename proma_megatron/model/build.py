@@ -29,7 +29,7 @@ def build_policy(
     distributed_optimizer: bool = False,
     frozen: bool = False,
 ) -> Policy:
-    """The policy of this rank, initialized from ``seed`` alike in every layout.
+    """Build the policy of this rank, initialized from ``seed`` alike in every layout.
 
     Args:
         seed: None leaves the weights as they come from memory, for a caller that fills them.
@@ -79,7 +79,7 @@ def build_policy(
 def transformer_config(
     model: ModelConfig, topology: Topology, backend: Backend = "torch"
 ) -> TransformerConfig:
-    """Megatron's configuration of this model in this layout; no fusion that needs a GPU kernel."""
+    """Return Megatron's configuration of this model in this layout; no fusion that needs a GPU."""
     dtype = DTYPES[model.dtype]
     rules = RECIPES[model.fp8] if model.fp8 != "none" else None
     return TransformerConfig(

@@ -56,18 +56,18 @@ class GradientSink(Protocol):
         ...
 
     def compare(self, weight: torch.Tensor, high: Operands, low: Operands) -> None:
-        """Operands as they were before FP8, and as FP8 has them; `linear` comes next."""
+        """Take operands as they were before FP8, and as FP8 has them; `linear` comes next."""
 
     def linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, dy: torch.Tensor
     ) -> None:
-        """``x`` (T, in) and ``dy`` (T, out) of ``y = x W^T + b``, complete over the sequence."""
+        """Take ``x`` (T, in) and ``dy`` (T, out) of ``y = x W^T + b``, of the whole sequence."""
 
     def scale(self, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> None:
-        """``x`` and ``dy`` (T or T/tp, ..., h) of ``y = x * w``; leading axis is tokens."""
+        """Take ``x`` and ``dy`` (T or T/tp, ..., h) of ``y = x * w``; tokens lead."""
 
     def embedding(self, weight: torch.Tensor, rows: torch.Tensor, dy: torch.Tensor) -> None:
-        """``rows`` (T,) of the local table, -1 for tokens of other ranks, and ``dy`` (T, h)."""
+        """Take ``rows`` (T,) of the local table, -1 for other ranks' tokens, and ``dy`` (T, h)."""
 
 
 class _Linear(torch.autograd.Function):
@@ -119,7 +119,7 @@ class _Linear(torch.autograd.Function):
 def gather_sequence(
     x: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool = False
 ) -> tuple[torch.Tensor, Any]:
-    """(T/tp, ...) -> (T, ...). A fresh buffer: the sink may keep it past this layer's backward.
+    """Gather (T/tp, ...) to (T, ...), in a fresh buffer that the sink may keep past this backward.
 
     Returns:
         The buffer, and what to wait for if ``async_op``.
@@ -263,10 +263,10 @@ class _BackwardMark(torch.autograd.Function):
 
 
 def mark_backward(output: torch.Tensor, begin: Any) -> torch.Tensor:
-    """``output`` unchanged; ``begin()`` runs when its backward starts."""
+    """Return ``output`` unchanged; ``begin()`` runs when its backward starts."""
     return _BackwardMark.apply(output, begin)  # type: ignore[return-value]
 
 
 def captured_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of a model that can hand over their gradients, whosever kernels they use."""
+    """Return the layers that can hand over their gradients, whosever kernels they use."""
     return [layer for layer in module.modules() if hasattr(layer, "sink")]

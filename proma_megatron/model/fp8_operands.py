@@ -13,7 +13,7 @@ import torch
 
 
 def high_precision(operand: Any, dtype: torch.dtype) -> torch.Tensor:
-    """What a weight-gradient GEMM would have read, as an ordinary tensor (T, n).
+    """Return what a weight-gradient GEMM would have read, as an ordinary tensor (T, n).
 
     Quantized operands can't be cut at the tokens where a sequence ends, and so are read back whole.
     Of two copies, scaled along rows and along columns, the GEMM reads that along columns.
@@ -28,7 +28,7 @@ def high_precision(operand: Any, dtype: torch.dtype) -> torch.Tensor:
 def round_trip(
     quantizer: Any, operand: torch.Tensor, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``operand`` (T, n) as FP8 has it, in its own dtype.
+    """Return ``operand`` (T, n) as FP8 has it, in its own dtype.
 
     Args:
         quantizer: of the layer, Transformer Engine's; it stays as it is.

@@ -34,7 +34,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """With p = softmax(z), z = logits / temperature and p's entropy H:
+        """Differentiate, with p = softmax(z), z = logits / temperature and p's entropy H:
 
         d log p_label / dz_j = [j is label] - p_j,  dH / dz_j = -p_j (log p_j + H).
 
@@ -68,14 +68,14 @@ class _LogProbs(torch.autograd.Function):
 def _entropy_gradient(
     log_p: torch.Tensor, entropy: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """``-scale p (log p + H)`` (n, V/tp), 0 in columns of padding; H and scale are (n, 1)."""
+    """Return ``-scale p (log p + H)`` (n, V/tp), 0 in padding's columns; H and scale are (n, 1)."""
     # 0 * -inf of the padding columns must count as 0, so p is multiplied before anything grows.
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)
     return finite.add_(entropy).mul_(log_p.exp()).mul_(-scale)
 
 
 def _wide(logits: torch.Tensor, valid: int, temperature: float) -> torch.Tensor:
-    """Logits over temperature in float32 or better; columns of vocabulary padding are -inf."""
+    """Return logits over temperature in float32 or better; columns of padding are -inf."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     wide = wide / temperature
     if valid < wide.shape[1]:
@@ -84,7 +84,7 @@ def _wide(logits: torch.Tensor, valid: int, temperature: float) -> torch.Tensor:
 
 
 def _owned(labels: torch.Tensor, first: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which labels this rank's columns hold, and their local columns (0 where it does not)."""
+    """Tell which labels this rank's columns hold, and their local columns (0 where it does not)."""
     local = labels - first
     owned = (local >= 0) & (local < width)
     return owned, local.masked_fill(~owned, 0)
@@ -98,7 +98,7 @@ def _chunk_forward(
     temperature: float,
     group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n, V/tp) -> log-probability, entropy and log-normalizer, each (n,)."""
+    """Reduce (n, V/tp) to log-probability, entropy and log-normalizer, each (n,)."""
     wide = _wide(logits, valid, temperature)
     top = wide.amax(dim=1)
     if group is not None:
@@ -125,7 +125,7 @@ def vocab_parallel_logprobs(
     topology: Topology,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(logits / temperature)[label] and the entropy of that distribution.
+    """Compute log softmax(logits / temperature)[label] and the entropy of that distribution.
 
     Args:
         logits: (T, V_padded / tp), this rank's columns.

@@ -91,12 +91,12 @@ class Policy:
         return tensor.rank * -(-self.vocab_size // tensor.size)
 
     def forward_packed(self, chunk: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor:
-        """Logits (T, V/tp) on the last stage, hidden states for the next stage elsewhere."""
+        """Return logits (T, V/tp) on the last stage, hidden states for the next stage elsewhere."""
         layout = PackedLayout.of(microbatch.lengths, microbatch.num_tokens, self.topology.device)
         return chunk(microbatch.tokens, microbatch.positions, None, packed_seq_params=layout)
 
     def delayed_scaling(self) -> list[torch.Tensor]:
-        """What delayed scaling remembers on this rank, the layers' own tensors, float32."""
+        """Return what delayed scaling remembers on this rank, the layers' own tensors, float32."""
         if self.model.fp8 != "delayed":
             return []
         with self.topology.megatron_calls():
@@ -110,7 +110,7 @@ class Policy:
 
     @contextlib.contextmanager
     def rollout_mode(self) -> Iterator[None]:
-        """Evaluation without sequence parallelism: a decoding step has one token to shard.
+        """Evaluate without sequence parallelism: a decoding step has one token to shard.
 
         And without FP8, whose recipes ask for 16 tokens or more: its copies of weights make room
         for the key-value cache.

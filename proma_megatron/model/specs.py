@@ -52,7 +52,7 @@ def kernels(backend: Backend) -> Kernels:
 def block_spec(
     config: TransformerConfig, model: ModelConfig, vp_stage: int | None, backend: Backend
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk, and the final norm."""
+    """Specify the layers of one model chunk, and the final norm."""
     own = kernels(backend)
     norm = RMSNorm if model.qk_norm else None
     bias_dropout_add: Any = get_bias_dropout_add

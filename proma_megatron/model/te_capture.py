@@ -55,7 +55,7 @@ class SinkStore:
         return self._layer.captures
 
     def put(self, operands: Sequence[Any], compute: Any) -> None:
-        """X (T, ..., in) and dY (T, out), plain or quantized, when backward has both."""
+        """Take X (T, ..., in) and dY (T, out), plain or quantized, when backward has both."""
         self._layer.receive(*operands)
 
 
@@ -129,7 +129,7 @@ class CapturedTELinear:
         return found
 
     def remembered(self) -> list[torch.Tensor]:
-        """Scales and largest values of delayed scaling, forward and backward: TE's own tensors."""
+        """Return TE's own tensors of scales and largest values, forward and backward."""
         if not self.fp8_meta_tensors_initialized:  # TE waits for the first forward
             self.fp8_meta["num_gemms"] = 1
             self.init_fp8_meta_tensors(get_fp8_recipe(self.config))
@@ -141,13 +141,13 @@ class CapturedTELinear:
         self._fp8_workspaces.clear()
 
     def get_extra_state(self) -> None:
-        """Nothing, as of Megatron's own layers, so that checkpoints are alike.
+        """Return nothing, as Megatron's own layers do, so that checkpoints are alike.
 
         TE would pickle what delayed scaling remembers, and read no such thing; see `remembered`.
         """
 
     def set_extra_state(self, state: Any) -> None:
-        """There is none."""
+        """Do nothing: there is no such state."""
 
     # ------------------------------------------------------------------ backward
 
@@ -155,7 +155,7 @@ class CapturedTELinear:
         self._tapped = call
 
     def receive(self, x: Any, dy: Any) -> None:
-        """What TE's backward has for a weight gradient."""
+        """Take what TE's backward has for a weight gradient."""
         dtype = self.activation_dtype
         operands = Operands(high_precision(x, dtype), high_precision(dy, dtype))
         if self._tapped is None:
@@ -164,7 +164,7 @@ class CapturedTELinear:
             self._tapped.trained = operands  # both are compared when the other is there
 
     def finish(self, call: _Call, originals: Operands) -> None:
-        """TE's backward of this call is over; the operands as they were before FP8."""
+        """End TE's backward of this call, with the operands as they were before FP8."""
         assert self.sink is not None
         self._tapped = None
         trained = call.trained or originals
@@ -194,7 +194,7 @@ class CapturedTELinear:
 
 
 def _scale(quantizer: Any) -> torch.Tensor | None:
-    """What it quantizes with at the moment, where its recipe remembers; that moves on in place."""
+    """Copy the scale that it quantizes with now, if its recipe has one; that moves on in place."""
     scale = getattr(quantizer, "scale", None)
     return scale.clone() if isinstance(scale, torch.Tensor) else None
 
@@ -212,7 +212,7 @@ class _Call:
         self._gathering: Any = None
 
     def note(self, dy: torch.Tensor) -> None:
-        """The output's gradient; TE's backward comes next, beside which the gathering runs."""
+        """Take the output's gradient; TE's backward comes next, beside which the gathering runs."""
         layer, x = self.layer, self._x
         assert x is not None
         assert layer.sink is not None
@@ -228,7 +228,7 @@ class _Call:
         layer.begin(self)
 
     def finish(self) -> None:
-        """The input's gradient is there."""
+        """Hand over, as the input's gradient is there."""
         x, dy = self._x, self._dy
         self._x = self._dy = None
         if x is None or dy is None:
