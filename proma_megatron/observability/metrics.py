@@ -57,7 +57,7 @@ class MetricsWriter:
                     events.add_scalar(key, value, report.step)
 
     def written(self) -> dict[str, int]:
-        """Bytes of each file, by its name."""
+        """Return the bytes of each file, by its name."""
         return {path.name: os.fstat(file.fileno()).st_size for path, file in self._files()}
 
     def sync(self) -> None:
@@ -70,7 +70,7 @@ class MetricsWriter:
         return zip(self._paths, (self._metrics, self._samples), strict=True)
 
     def rewind(self, written: Mapping[str, int]) -> list[str]:
-        """Cut the files to what `written` once said; what is missing of that, for the user."""
+        """Cut the files to what `written` once said; return what is missing, for the user."""
         missing = []
         with self._on_disk():
             for path, file in self._files():
@@ -122,7 +122,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl (or samples.jsonl) in file order.
+    """Read the rows of a metrics.jsonl (or samples.jsonl) in file order.
 
     A last line that the run was killed in the middle of is dropped.
 

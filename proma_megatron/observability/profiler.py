@@ -45,15 +45,15 @@ class Profiler(Protocol):
     """What a run tells of itself while it goes on."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Within the ``with`` block, the run is at this."""
+        """Enter this phase of the run for the ``with`` block."""
         ...
 
     def step(self, step: int, *, last: bool) -> AbstractContextManager[None]:
-        """Within the ``with`` block, this RL step is made and what follows it."""
+        """Enter this RL step, and what follows it, for the ``with`` block."""
         ...
 
     def count(self, name: str, tokens: int) -> None:
-        """The phase of this name has processed so many tokens, of all replicas."""
+        """Count so many tokens, of all replicas, that the phase of this name has processed."""
         ...
 
     def observe(self, config: Any, accumulator: Any | None) -> None:
@@ -117,7 +117,8 @@ class Profile:
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """
+        """Begin a profile.
+
         Args:
             logs: the folder that both files are written to, which is there.
             title: of the table.
@@ -157,7 +158,7 @@ class Profile:
             seconds[place] = seconds.get(place, 0.0) + self._clock() - start
 
     def _wait(self) -> None:
-        """For the kernels that were launched: they belong to the phase that launched them."""
+        """Wait for the kernels that were launched: they belong to the phase that launched them."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -237,7 +238,7 @@ class Profile:
         return f"{text}\n\nthe profile is in {self._logs}"
 
     def _counts(self, step: int) -> bool:
-        """Whether a step is like most: not the first of this process, if there are others."""
+        """Tell whether a step is like most: not the first of this process, if there are others."""
         return step != self._steps[0][0] or len(self._steps) == 1
 
 
@@ -272,7 +273,7 @@ class _Timer:
 
 
 def table(spent: Spent, steps: int) -> list[str]:
-    """Lines: phases as they lie in each other, mean seconds of a step, shares, tokens a second.
+    """Return lines: phases as they lie in each other, seconds of a step, shares, tokens a second.
 
     What a phase spends outside of its inner ones is listed below them as "other". Shares are of
     everything.
@@ -301,7 +302,7 @@ def table(spent: Spent, steps: int) -> list[str]:
 
 
 def _operators(found: Any, device: torch.device) -> Iterable[Operator]:
-    """What took longest in a trace, the slowest first."""
+    """Yield what took longest in a trace, the slowest first."""
     on_device = device.type == "cuda"
     events = [event for event in found.key_averages() if not event.is_user_annotation]
     times = [

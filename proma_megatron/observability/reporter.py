@@ -70,7 +70,7 @@ class Live:
         self._display.message(text)
 
     def written(self) -> dict[str, int]:
-        """Bytes of each file that grows step by step."""
+        """Return the bytes of each file that grows step by step."""
         return self._writer.written()
 
     def sync(self) -> None:

@@ -134,7 +134,7 @@ class Display:
         self.stop()
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """One step in at most `MAX_LINE` characters; what does not fit at the end is left out."""
+        """Put a step in at most `MAX_LINE` characters; what does not fit at the end is left out."""
         parts = [f"{self._phase} {step}/{self._total}".strip()]
         parts += [
             f"{field.short} {_number(metrics[field.key], field.spec)}"
@@ -159,7 +159,7 @@ class Display:
         return line
 
     def _table(self, step: int, metrics: Mapping[str, float]) -> Table:
-        """Name and value cells, then the seconds of each part of the step."""
+        """Build a table of name and value cells, then the seconds of each part of the step."""
         cells: list[tuple[str, str]] = []
         for field in _FIELDS:
             if field.key not in metrics:
@@ -200,7 +200,7 @@ class Display:
 
 
 def _seconds(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase name, "step" (the whole) last."""
+    """Return seconds by phase name, "step" (the whole) last."""
     found = {
         key.removeprefix("seconds/"): value
         for key, value in metrics.items()
@@ -212,7 +212,7 @@ def _seconds(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _number(value: float, spec: str) -> str:
-    """``value`` by ``spec``, or with two digits where that would be long (a diverged run)."""
+    """Format ``value`` by ``spec``, or with two digits where that is long (a diverged run)."""
     text = format(value, spec)
     return text if len(text) <= 7 else format(value, ".1e")
 

@@ -20,7 +20,8 @@ class Stopwatch:
         clock: Callable[[], float] = time.perf_counter,
         watch: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """
+        """Start with no phase.
+
         Args:
             watch: what else to enter for a phase, by its name.
         """
@@ -45,7 +46,7 @@ class Stopwatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
     def seconds(self) -> dict[str, float]:
-        """``{"seconds/<phase>": seconds}`` of the phases that ended since the last call."""
+        """Return ``{"seconds/<phase>": seconds}`` of the phases that ended since the last call."""
         result = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return result

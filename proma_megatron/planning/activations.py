@@ -45,7 +45,7 @@ class Kept:
 
 
 def kept_by_layer(sizes: Sizes) -> Kept:
-    """What a layer keeps without recomputation."""
+    """Return what a layer keeps without recomputation."""
     e, wide = sizes.precision.compute, sizes.precision.wide
     tokens, dense = sizes.tokens, sizes.dense_tokens
     widened = wide > e  # norms compute in float32 from a copy
@@ -72,12 +72,12 @@ def kept_by_layer(sizes: Sizes) -> Kept:
 
 
 def final_norm_kept(sizes: Sizes) -> int:
-    """Of the norm before the head, which is never in FP8."""
+    """Return what the norm before the head keeps, which is never in FP8."""
     return _norm_kept(sizes, sizes.precision.compute)
 
 
 def _norm_kept(sizes: Sizes, output: float) -> int:
-    """Of a norm over the hidden states: normalized, output, and the widened input.
+    """Return what a norm over the hidden states keeps: normalized, output, and the widened input.
 
     Args:
         output: bytes that an entry of it takes, as the input of the next linear layer.
@@ -88,7 +88,7 @@ def _norm_kept(sizes: Sizes, output: float) -> int:
 
 
 def norm_backward(sizes: Sizes, entries: int) -> int:
-    """Temporaries of a norm's backward over so many entries: its formula is a chain of operators.
+    """Return temporaries of a norm's backward over so many entries: it is a chain of operators.
 
     Besides what it keeps: five tensors in the wide dtype at the worst moment.
     """

@@ -28,7 +28,7 @@ class Counts:
 
 
 def count(config: RunConfig) -> Counts:
-    """The numbers of an RL step.
+    """Count what an RL step is made of.
 
     With a token budget, microbatches are as few as full-length sequences allow, and equal in
     number on every replica. Shorter sequences fill one up to the budget, so its tokens are the
@@ -68,7 +68,7 @@ def count(config: RunConfig) -> Counts:
 
 
 def _validated(config: RunConfig) -> int:
-    """Sequences that a validation decodes together; of a file, as many as there is room for."""
+    """Count the sequences that a validation decodes together; of a file, as many as have room."""
     portion = config.rollout.batch_size
     if config.data.validation_file is not None:
         return portion

@@ -17,14 +17,14 @@ from proma_megatron.planning.training import Moment
 
 
 def cache_bytes(stage: Stage, sizes: Sizes, sequences: int, length: int) -> int:
-    """Keys and values of this rank's layers and KV heads, for prompt and completion."""
+    """Return bytes of keys and values of this rank's layers and KV heads, prompt and completion."""
     return 2 * stage.layers * sequences * length * sizes.key * sizes.precision.compute
 
 
 def rollout_moments(
     config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts
 ) -> tuple[Moment, ...]:
-    """The candidates for this stage's peak while completions are sampled."""
+    """Return the candidates for this stage's peak while completions are sampled."""
     return tuple(_moments(config, stage, sizes, counts))
 
 
@@ -60,7 +60,7 @@ def _moments(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> I
 
 
 def sorts(config: RunConfig) -> bool:
-    """Whether drawing a token puts the vocabulary in order, for which it is gathered."""
+    """Tell whether drawing a token puts the vocabulary in order, for which it is gathered."""
     evaluation = config.evaluation
     greedy = evaluation.temperature == 0 or (
         evaluation.temperature is None and evaluation.samples == 1
@@ -69,7 +69,7 @@ def sorts(config: RunConfig) -> bool:
 
 
 def _sampling(config: RunConfig, sizes: Sizes) -> int:
-    """Bytes a vocabulary entry that sampling holds at its worst, beside the logits."""
+    """Return the bytes a vocabulary entry that sampling holds at its worst, beside the logits."""
     wide = sizes.precision.wide
     if sizes.tensor > 1 and not sorts(config):
         return wide + 8 + 4 + 8  # float64 weights, and a count of those that are not 0

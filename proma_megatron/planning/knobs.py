@@ -31,7 +31,7 @@ def find_knobs(
     gpu_memory: int,
     gpus_per_node: int,
 ) -> tuple[Knob, ...]:
-    """The changes that are valid and help, the largest saving first.
+    """Find the changes that are valid and help, the largest saving first.
 
     Args:
         needed: bytes on the fullest rank under another configuration.
@@ -52,7 +52,7 @@ def find_knobs(
 
 
 def with_override(config: RunConfig, key: str, value: Any) -> RunConfig | None:
-    """``config`` with one key of a section changed, or None where that is no valid one."""
+    """Return ``config`` with one key of a section changed, or None where that is no valid one."""
     section, name = key.split(".")
     changed = config.model_dump()
     changed[section][name] = value
@@ -63,7 +63,7 @@ def with_override(config: RunConfig, key: str, value: Any) -> RunConfig | None:
 
 
 def _candidates(config: RunConfig, gpus_per_node: int) -> Iterator[tuple[str, Any]]:
-    """Changes worth a try; validation and re-planning sort out the rest."""
+    """Yield changes worth a try; validation and re-planning sort out the rest."""
     parallel, batching = config.parallel, config.batching
     if 2 * parallel.tensor <= gpus_per_node:  # its messages are too many for a network
         yield "parallel.tensor", 2 * parallel.tensor

@@ -67,7 +67,7 @@ class StagePlan:
         return self.resident.total + self.peak.total
 
     def kinds(self, moment: Moment) -> dict[str, int]:
-        """Bytes by kind at a moment; they add up to what the rank holds then."""
+        """Return bytes by kind at a moment; they add up to what the rank holds then."""
         return {
             "weights": self.resident.weights,
             FP8: moment.fp8_weights,
@@ -113,7 +113,7 @@ class Plan:
         return self.fits and self.needed > TIGHT * self.gpu_memory
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values, in bytes."""
+        """Return the same as JSON-able values, in bytes."""
         found = dataclasses.asdict(self)
         for stage, planned in zip(found["stages"], self.stages, strict=True):
             stage["total"] = planned.total
@@ -127,7 +127,7 @@ class Plan:
 def make_plan(
     config: RunConfig, vocab_size: int, *, gpu_memory: int, gpus_per_node: int = 8
 ) -> Plan:
-    """Memory, microbatches and traffic of a run, and what would lower the memory.
+    """Plan memory, microbatches and traffic of a run, and what would lower the memory.
 
     Args:
         config: with the model's whole shape; ``parallel.data`` left open counts as 1.

@@ -24,7 +24,7 @@ KINDS = {  # of Traffic, in the order of the table
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Memory by kind, counts, traffic, and whether it fits with what would help."""
+    """Print memory by kind, counts, traffic, and whether it fits with what would help."""
     _print_memory(plan, console)
     if len(plan.stages) > 1:
         _print_stages(plan, console)
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def size(count: int) -> str:
-    """Bytes with three or four digits: "12.3 GiB"."""
+    """Write bytes with three or four digits: "12.3 GiB"."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
@@ -48,7 +48,7 @@ def _table(title: str) -> Table:
 
 
 def _print_memory(plan: Plan, console: Console) -> None:
-    """Of the fullest rank, in each phase at its fullest moment."""
+    """Print the memory of the fullest rank, in each phase at its fullest moment."""
     stage = plan.fullest
     where = f" (pipeline stage {stage.stage})" if len(plan.stages) > 1 else ""
     table = _table(f"Memory of the fullest rank{where}")
@@ -107,7 +107,7 @@ def _print_stages(plan: Plan, console: Console) -> None:
 
 
 def _alike(stages: tuple[StagePlan, ...]) -> list[list[StagePlan]]:
-    """Neighbours with the same figures, together."""
+    """Put neighbours with the same figures together."""
     groups: list[list[StagePlan]] = []
     for stage in stages:
         last = groups[-1][-1] if groups else None

@@ -17,7 +17,7 @@ from proma_megatron.planning.shapes import Stage
 
 
 def in_fp8(config: RunConfig, layer: int | None) -> bool:
-    """Whether the linear weights of this layer are multiplied in FP8; None: outside all layers."""
+    """Tell whether this layer's linear weights are multiplied in FP8; None: outside all layers."""
     model = config.model
     if model.fp8 == "none" or layer is None:
         return False
@@ -25,7 +25,7 @@ def in_fp8(config: RunConfig, layer: int | None) -> bool:
 
 
 def weight_copies(config: RunConfig, stage: Stage) -> int:
-    """Bytes of FP8 weights on a rank of this stage, scales included."""
+    """Return the bytes of FP8 weights on a rank of this stage, scales included."""
     if config.model.fp8 == "none":
         return 0
     return sum(
@@ -36,7 +36,7 @@ def weight_copies(config: RunConfig, stage: Stage) -> int:
 
 
 def input_bytes(config: RunConfig, *, of_projection: bool = False) -> float:
-    """Bytes an entry of a linear layer's input takes until backward, in a layer that is in FP8.
+    """Return bytes an entry of a linear layer's input takes until backward, in a layer in FP8.
 
     At most: in a step that compares operands those from before FP8 are kept beside TE's.
 

@@ -35,7 +35,7 @@ class Resident:
 
 
 def resident(stage: Stage, precision: Precision, replicas: int, *, distributed: bool) -> Resident:
-    """What a rank of this stage holds; of the replicas, the one with the most optimizer state."""
+    """Return what a rank of this stage holds, in the replica with the most optimizer state."""
     return max(
         by_replica(stage, precision, replicas, distributed=distributed), key=lambda r: r.total
     )
@@ -44,7 +44,7 @@ def resident(stage: Stage, precision: Precision, replicas: int, *, distributed: 
 def by_replica(
     stage: Stage, precision: Precision, replicas: int, *, distributed: bool
 ) -> list[Resident]:
-    """The same for every replica."""
+    """Return the same for every replica."""
     each = 2 * precision.state + precision.master
     if not distributed:
         entries = sum(parameter.count for parameter in stage.parameters)
@@ -70,14 +70,14 @@ class _Bucket:
     ranges: tuple[tuple[int, int], ...]  # of the parameters
 
     def owned(self, rank: int, replicas: int) -> int:
-        """Entries of parameters in this replica's part."""
+        """Return entries of parameters in this replica's part."""
         part = self.length // replicas
         low, high = rank * part, (rank + 1) * part
         return sum(max(0, min(high, stop) - max(low, start)) for start, stop in self.ranges)
 
 
 def _buckets(chunk: tuple[Local, ...], replicas: int) -> Iterator[_Bucket]:
-    """Megatron's layout: parameters from the last to the first, each at a multiple of 64."""
+    """Yield Megatron's layout: parameters from the last to the first, each at a multiple of 64."""
     multiple = math.lcm(replicas, _END)
     ranges: list[tuple[int, int]] = []
     offset = 0  # of the bucket in its buffer

@@ -77,7 +77,7 @@ class Stage:
 
 
 def stages(config: RunConfig, vocab_size: int) -> tuple[Stage, ...]:
-    """Every pipeline stage of the layout.
+    """Return every pipeline stage of the layout.
 
     Layers are dealt out in equal runs: chunk c of stage s holds run ``c * stages + s``.
     """
@@ -137,5 +137,5 @@ def _chunk(
 
 
 def total_parameters(config: RunConfig, vocab_size: int) -> int:
-    """Entries of the unsharded model, a tied table counted once and no padding."""
+    """Count entries of the unsharded model, a tied table once and no padding."""
     return sum(math.prod(shape) for shape in tensor_shapes(config.model, vocab_size).values())

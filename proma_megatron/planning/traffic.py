@@ -43,7 +43,7 @@ class Traffic:
 def traffic(
     config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts, resident: Resident
 ) -> Traffic:
-    """What a rank of this stage sends."""
+    """Return what a rank of this stage sends, in bytes a step."""
     microbatches, steps = counts.microbatches, counts.minibatches
     ends = _Ends(config, stage)
     forward, backward = _tensor(config, stage, sizes)
@@ -65,7 +65,7 @@ def traffic(
 
 
 def _looks(config: RunConfig) -> Fraction:
-    """Forward passes a step over all of its sequences, beside training's own."""
+    """Return forward passes a step over all of its sequences, beside training's own."""
     trainer, loss = config.trainer, config.loss
     looks = Fraction(0)
     every_step = loss.kl.target is not None and loss.kl.reference == "rollout"
@@ -83,12 +83,12 @@ def _looks(config: RunConfig) -> Fraction:
 
 
 def all_reduce(size: int, ranks: int) -> int:
-    """Bytes that a rank sends to add up ``size`` bytes over a ring."""
+    """Return the bytes that a rank sends to add up ``size`` bytes over a ring."""
     return 2 * (ranks - 1) * size // ranks
 
 
 def gather(size: int, ranks: int) -> int:
-    """Bytes that a rank sends to gather, or to reduce and scatter, ``size`` bytes in all."""
+    """Return bytes that a rank sends to gather, or to reduce and scatter, ``size`` bytes in all."""
     return (ranks - 1) * size // ranks
 
 
@@ -102,7 +102,7 @@ class _Ends:
 
 
 def _layers_forward(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
-    """One microbatch through all layers of a stage: two row-parallel sums a layer.
+    """Return bytes of a microbatch through all layers of a stage: two row-parallel sums a layer.
 
     Under sequence parallelism each is a reduce-scatter, with a gather before the next linear layer,
     which is the same number of bytes.
@@ -115,7 +115,7 @@ def _layers_forward(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
 
 
 def _tensor(config: RunConfig, stage: Stage, sizes: Sizes) -> tuple[int, int]:
-    """Forward and backward of one microbatch."""
+    """Return what forward and backward of one microbatch send."""
     n, hidden = sizes.tensor, sizes.gathered
     forward = backward = _layers_forward(config, stage, sizes)
     if config.parallel.sequence:
@@ -154,13 +154,13 @@ def _small(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
 
 
 def _partial(config: RunConfig, parameter: Local) -> bool:
-    """Whether Megatron adds this gradient up over TP: `Reduction.PARTIAL`."""
+    """Tell whether Megatron adds this gradient up over TP: `Reduction.PARTIAL`."""
     share = parameter.row.share
     return share is Share.HEADS or (share is Share.TOKENS and config.parallel.sequence)
 
 
 def projection_numbers(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
-    """float64 numbers that one microbatch's solves add up over TP on a rank.
+    """Count float64 numbers that one microbatch's solves add up over TP on a rank.
 
     PROMA: of a weight half of the symmetric K (k, k), c (k,) and |A|^2 for every unit; of a norm or
     bias, G (k, n) and A (n,). ISOPO: half of K, and G of norms. Intra-PROMA: see
@@ -195,7 +195,7 @@ def projection_numbers(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
 
 
 def _subspace_numbers(config: RunConfig, weight: Local, units: int, sizes: Sizes) -> int:
-    """Of the sharded one of X and dY, and two squared norms a unit."""
+    """Count numbers of the sharded one of X and dY, and two squared norms a unit."""
     tokens, rank = sizes.tokens, config.projection.rank
     each = tokens * tokens
     if not is_direct(tokens, rank):
@@ -206,7 +206,7 @@ def _subspace_numbers(config: RunConfig, weight: Local, units: int, sizes: Sizes
 
 
 def _acting(config: RunConfig, microbatches: int) -> int:
-    """Microbatches that the rule acts on."""
+    """Count the microbatches that the rule acts on."""
     return microbatches if config.projection.acts_alone else max(0, microbatches - 1)
 
 
@@ -223,7 +223,7 @@ def _tied_projection(config: RunConfig, stage: Stage, sizes: Sizes) -> int:
 
 
 def _rollout(config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts) -> int:
-    """Prompts once, then one token at a time; without sequence parallelism."""
+    """Return what a rollout sends: prompts, then token by token; without sequence parallelism."""
     n, e = sizes.tensor, sizes.precision.compute
     sequences = counts.sequences // (config.parallel.data or 1)
     new = config.rollout.max_new_tokens

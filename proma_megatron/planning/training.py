@@ -45,7 +45,7 @@ class Moment:
 
 
 def in_flight(config: RunConfig, counts: Counts, stage: int) -> int:
-    """Forward passes of a model chunk that wait for their backward at the same time, at most.
+    """Return the most forward passes of a model chunk that wait for their backward at one time.
 
     1F1B warms up with one forward pass a later stage; interleaved, with two, and with a pass of
     every earlier chunk for as many microbatches as there are stages.
@@ -60,7 +60,7 @@ def in_flight(config: RunConfig, counts: Counts, stage: int) -> int:
 def training_moments(
     config: RunConfig, stage: Stage, sizes: Sizes, counts: Counts
 ) -> tuple[Moment, ...]:
-    """The candidates for this stage's peak while gradients are computed."""
+    """Return the candidates for this stage's peak while gradients are computed."""
     copies = weight_copies(config, stage)
     found = _Pass(config, stage, sizes, counts).moments()
     return tuple(replace(moment, fp8_weights=copies) for moment in found)
@@ -92,7 +92,7 @@ class _Pass:
     # ------------------------------------------------------------------ what is kept
 
     def _kept_by_chunk(self) -> int:
-        """Bytes that one forward pass of a chunk keeps, final norm and logits apart."""
+        """Return bytes that one forward pass of a chunk keeps, final norm and logits apart."""
         sizes, layers = self.sizes, self.stage.layers_per_chunk
         parallel = self.config.parallel
         inner = parallel.pipeline > 1 and (parallel.virtual_pipeline or 1) > 1
@@ -134,7 +134,7 @@ class _Pass:
             yield from self._embedding_moments(held)
 
     def _held_earlier(self) -> int:
-        """What earlier microbatches hold of `_head_held` when the loss of the newest is taken."""
+        """Return what earlier microbatches hold of `_head_held` when the newest's loss is taken."""
         if not self._head_held() or self.config.parallel.pipeline == 1:
             return 0
         one = self.sizes.logits + self.sizes.gathered
@@ -149,7 +149,7 @@ class _Pass:
     # ------------------------------------------------------------------ the workspace
 
     def _resident(self) -> tuple[int, int]:
-        """Bytes of the workspace that stay from the first microbatch that needs them."""
+        """Return bytes of the workspace that stay from the first microbatch that needs them."""
         fc1, fc2, qkv, proj = self._weights()
         layer = [fc2, fc1, proj, qkv]
         groups = [self._group([*self._before_layer(), *layer])]
@@ -166,14 +166,14 @@ class _Pass:
         return kept, max(lookup, *(group.scratch for group in groups))
 
     def _before_layer(self) -> list[Local]:
-        """The head, where it waits for the deepest layer to save a sum over tensor ranks."""
+        """Return the head, where it waits for the deepest layer to save a sum over tensor ranks."""
         if not self.stage.last or self.config.model.tie_embeddings or self.sizes.tensor == 1:
             return []
         head = self._head()
         return [head] if self._fits([head], self._weights()) else []
 
     def _embedding_group(self, table: Local) -> Group:
-        """A tied table's, alone or with the first layer."""
+        """Return a tied table's group, alone or with the first layer."""
         fc1, fc2, qkv, proj = self._weights()
         layer = [fc2, fc1, proj, qkv]
         if self.sizes.tensor == 1 or not self._fits(layer, [table]):
@@ -183,7 +183,7 @@ class _Pass:
         return group
 
     def _fits(self, before: Sequence[Local], after: Sequence[Local]) -> bool:
-        """Whether a group can wait for another one."""
+        """Tell whether a group can wait for another one."""
         group = self._group(list(before))
         slices = slices_of(self.config, self.sizes)
         size = slices * sum(w.count for w in after) * self.sizes.precision.gradient
@@ -197,13 +197,13 @@ class _Pass:
         return (self.kept if kept else 0, self.scratch if self.microbatches > 1 else 0)
 
     def _head(self) -> Local:
-        """The head's weight: its own, or the embedding's."""
+        """Return the head's weight: its own, or the embedding's."""
         head = self.stage.find(HEAD) or self.stage.find(EMBEDDING)
         assert head is not None
         return head
 
     def _head_held(self) -> int:
-        """Gradients of logits that wait, with the head's input, for a tied embedding's backward.
+        """Return bytes of logits' gradients, and the head's input, that wait for a tied embedding.
 
         In one stage that is within the same microbatch; over stages the last one holds as many as
         the first may be behind.
@@ -252,7 +252,7 @@ class _Pass:
         yield Moment("final norm, backward", kept, held, pending)
 
     def _layer_moments(self, held: int) -> Iterator[Moment]:
-        """Backward of the deepest layer, from the MLP's output to its input."""
+        """Yield the backward of the deepest layer, from the MLP's output to its input."""
         layer, sizes, e = self.layer, self.sizes, self.sizes.precision.compute
         ffn, stream = sizes.tokens * sizes.ffn * e, sizes.stream
         gathered = sizes.gathered if sizes.sharded_sequence else 0
@@ -260,7 +260,7 @@ class _Pass:
         fc1, fc2, _, proj = self._weights()
 
         def work(*weights: Local) -> int:
-            """What has been captured so far, or the gradient of the last of these."""
+            """Return what has been captured so far, or the gradient of the last of these."""
             if self.config.projects:
                 return self._group([*self._before_layer(), *weights]).beside(*self._was)
             return tied + weights[-1].count * e
@@ -291,12 +291,12 @@ class _Pass:
             yield self._solve_moment(held)
 
     def _waiting(self, weights: list[Local]) -> int:
-        """What these hold when they have been handed over, and nothing else is."""
+        """Return what these hold when they have been handed over, and nothing else is."""
         group = self._group(weights)
         return group.beside(*self._was) - group.passing
 
     def _solve_moment(self, held: int) -> Moment:
-        """The layer's weights are solved when the layer before it hands over its first gradient."""
+        """Return when a layer is solved: the layer before it hands over its first gradient."""
         sizes, e = self.sizes, self.sizes.precision.compute
         fc1, fc2, qkv, proj = self._weights()
         group = self._group([*self._before_layer(), fc2, fc1, proj, qkv])
@@ -329,7 +329,7 @@ class _Pass:
     # ------------------------------------------------------------------ weights
 
     def _tied_gradient(self) -> int:
-        """Autograd keeps the head's gradient of a tied table until the embedding's is there."""
+        """Return the head's gradient of a tied table, kept until the embedding's is there."""
         parallel, model = self.config.parallel, self.config.model
         if self.config.projects or not model.tie_embeddings or parallel.pipeline > 1:
             return 0
@@ -348,7 +348,7 @@ class _Pass:
         return LookupWorkspace.of(self.sizes, table, block, slices if projects else 0)
 
     def _weights(self) -> tuple[Local, Local, Local, Local]:
-        """fc1, fc2, qkv, proj."""
+        """Return fc1, fc2, qkv, proj."""
         by_name = {weight.name: weight for weight in self.stage.parameters}
         return (
             by_name["mlp.linear_fc1.weight"],

@@ -44,7 +44,7 @@ class Group:
     found: int = 0  # and after
 
     def add(self, weight: Local, *, lookup: bool = False) -> None:
-        """The gradient of a weight (out, in), plus that of a lookup in the same table."""
+        """Add the gradient of a weight (out, in), plus that of a lookup in the same table."""
         sizes, grad = self.sizes, self.sizes.precision.gradient
         rows, width = weight.shape
         factors = sizes.tokens * (rows + width) * grad
@@ -74,7 +74,7 @@ class Group:
         self.scratch = max(self.scratch, min(size, self.half))
 
     def _add_subspaces(self, weight: Local, range_rows: int) -> None:
-        """Those of X and of every unit's dY, and the gradient that is formed in blocks."""
+        """Add those of X and of every unit's dY, and the gradient that is formed in blocks."""
         tokens, grad = self.sizes.tokens, self.sizes.precision.gradient
         rows, width = weight.shape
         rank = self.config.projection.rank
@@ -107,35 +107,35 @@ class Group:
         return min(self.half, BLOCK_BYTES)
 
     def beside(self, kept: int, scratch: int) -> int:
-        """Bytes when the last weight has been handed over, in a workspace that was this large."""
+        """Return bytes when the last weight is handed over, in a workspace that was this large."""
         workspace = max(self.materialized, kept) + max(self.scratch, scratch)
         return self.held + self.passing + workspace
 
     def peak(self, kept: int, scratch: int) -> int:
-        """Bytes when the group is solved."""
+        """Return bytes when the group is solved."""
         workspace = max(self.materialized, kept) + max(self.scratch, scratch)
         passing = max(self.finding + self.finding_block, self.found + self.solving)
         return self.held + workspace + passing
 
 
 def slices_of(config: RunConfig, sizes: Sizes) -> int:
-    """What a weight's sequence gradients take where they are kept, in weights."""
+    """Return what a weight's sequence gradients take where they are kept, in weights."""
     return kept_slices(sizes.sequences, accumulates=not config.projection.acts_alone)
 
 
 def passing_slices(config: RunConfig, sizes: Sizes) -> int:
-    """What they take of each row in passing: k, and what A holds."""
+    """Return what they take of each row in passing: k, and what A holds."""
     return sizes.sequences + (0 if config.projection.acts_alone else 1)
 
 
 def is_projected(parameter: Local, config: RunConfig) -> bool:
-    """Whether the rule acts on this parameter's gradient; see `units_of`."""
+    """Tell whether the rule acts on this parameter's gradient; see `units_of`."""
     everything = config.projection.parameters == "all" and not config.projection.by_subspaces
     return everything or parameter.row.linear
 
 
 def _range_rows(weight: Local, config: RunConfig, tensor: int) -> int:
-    """Local rows of the largest run of adjacent rows of a unit."""
+    """Return local rows of the largest run of adjacent rows of a unit."""
     rows = weight.shape[0]
     if weight.row.axis != 0 or weight.row.fusion is Fusion.NONE:
         return rows
@@ -156,7 +156,8 @@ class LookupWorkspace:
 
     @classmethod
     def of(cls, sizes: Sizes, table: Local, block: int, slices: int) -> LookupWorkspace:
-        """
+        """Return what a table takes.
+
         Args:
             block: bytes of a block in passing.
             slices: of each row that is used; 0: nothing is projected.

@@ -145,7 +145,7 @@ def _start_by_elastic(
 
 
 def _as_asked(stopped: RunStopped, request: str | None, logs: Path) -> RunStopped:
-    """With the signal that the launcher got instead of the one that it passed on."""
+    """Return the stop with the signal that the launcher got, not the one that it passed on."""
     if request is None or stopped.reason != signal.SIGUSR1.name:
         return stopped
     renamed = RunStopped(request, stopped.step, stopped.checkpoint)
@@ -155,7 +155,7 @@ def _as_asked(stopped: RunStopped, request: str | None, logs: Path) -> RunStoppe
 
 @contextlib.contextmanager
 def _quick_end() -> Iterator[set[int]]:
-    """Within it, elastic ends the peers of a dead rank within seconds; which ones, is yielded.
+    """Let elastic end the peers of a dead rank within seconds; yield which ones.
 
     ``shutdown_timeout`` is not asked there: a rank that doesn't react to SIGTERM, for instance
     because it was suspended, would be waited for 30 s. And afterwards nobody could tell such a

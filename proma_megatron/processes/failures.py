@@ -61,7 +61,7 @@ def fail(logs: Path | None, error: BaseException) -> NoReturn:
 
 
 def in_words(error: BaseException) -> str:
-    """A line for a terminal that many ranks write to."""
+    """Put an error in a line for a terminal that many ranks write to."""
     rank = os.environ.get("RANK", "0")
     return f"error{'' if rank == '0' else f' on rank {rank}'}: {error}"
 
@@ -102,7 +102,7 @@ def record_error(logs: Path, error: BaseException) -> bool:
 
 
 def _places(logs: Path, launcher: str | None) -> list[Path]:
-    """Where ranks of this launcher leave their errors, in order of preference."""
+    """Return where ranks of this launcher leave their errors, in order of preference."""
     if launcher is None:
         return [logs]
     return [logs, Path(tempfile.gettempdir()) / f"proma-errors-{launcher}"]
@@ -123,7 +123,7 @@ def stacks_folder(logs: Path) -> Path:
 
 
 def first_error(logs: Path, failure: ChildFailedError, ended: Collection[int] = ()) -> Exception:
-    """What went wrong first: ranks that fail later fail because a peer has gone.
+    """Return what went wrong first: ranks that fail later fail because a peer has gone.
 
     Args:
         ended: ranks that were still there when the launcher began to end them.

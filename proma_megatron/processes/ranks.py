@@ -75,12 +75,12 @@ class Job(Protocol):
 
 
 def already_started() -> bool:
-    """Whether torchrun or srun started this process as a rank."""
+    """Tell whether torchrun or srun started this process as a rank."""
     return "RANK" in os.environ
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks and writes: rank 0, or a launcher."""
+    """Tell whether this process is the one that speaks and writes: rank 0, or a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 

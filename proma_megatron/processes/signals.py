@@ -74,7 +74,7 @@ def _ranks() -> list[int]:
 
 
 def _catches(pid: int, number: int) -> bool:
-    """Whether the process handles this signal."""
+    """Tell whether the process handles this signal."""
     try:
         with open(f"/proc/{pid}/status") as status:  # noqa: PTH123
             caught = next(line for line in status if line.startswith("SigCgt:"))

@@ -37,7 +37,7 @@ _TIME_LIMIT = 1000  # among numbers of signals
 
 @contextmanager
 def unasked_children() -> Iterator[None]:
-    """Processes that are started within it never get the signals by which ranks are asked to stop.
+    """Keep the signals by which ranks are asked to stop from processes started within the block.
 
     Slurm sends those to every process of a job, and a rank that loses its helpers fails before it
     has stopped. The rank gets what comes in between at the end of the block.
@@ -55,7 +55,7 @@ def unasked_children() -> Iterator[None]:
 
 @contextmanager
 def _silent_cleanup() -> Iterator[None]:
-    """A resource tracker that is started within it cleans up without a warning.
+    """Let a resource tracker that is started within the block clean up without a warning.
 
     A rank that failed ends at once and leaves its semaphores to the tracker. What that says of them
     would stand beside the error, or below it, where the one sentence is looked for.
@@ -111,12 +111,12 @@ class StopSignals:
 
 
 def clock_starts() -> None:
-    """In the launcher: the minutes of the ranks that it will start begin now."""
+    """Begin, in the launcher, the minutes of the ranks that it will start."""
     os.environ[_STARTED] = str(time.monotonic())
 
 
 def clock_started() -> float:
-    """When this rank's minutes began: with our launcher, else with its own process."""
+    """Return when this rank's minutes began: with our launcher, else with its own process."""
     return float(os.environ.get(_STARTED, _LOADED) if LAUNCHED in os.environ else _LOADED)
 
 
@@ -136,7 +136,8 @@ class Stops:
         started: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """
+        """Listen to what may stop a run.
+
         Args:
             max_minutes: the limit; None: none.
             started: when it began to run, on ``clock``; `clock_started`.
@@ -150,7 +151,7 @@ class Stops:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step, of the warm start or of RL, to learn how long they take."""
+        """Learn how long a step, of the warm start or of RL, takes."""
         self._step_began = began = self._clock()
         try:
             yield
@@ -163,13 +164,13 @@ class Stops:
         self._longest_save = max(self._longest_save, seconds)
 
     def time_left(self) -> float:
-        """Seconds to the limit by this rank's clock; infinite without one, negative after it."""
+        """Return seconds to the limit by this rank's clock: infinite if none, negative after it."""
         if self._max_minutes is None:
             return math.inf
         return 60 * self._max_minutes - (self._clock() - self._started)
 
     def agreed(self) -> str | None:
-        """Why all ranks stop here, or None: go on.
+        """Return why all ranks stop here, or None: go on.
 
         A collective of all ranks. Once they have agreed it stays so, without communication.
         """
@@ -180,7 +181,7 @@ class Stops:
         return self._agreed
 
     def agreed_within_replica(self) -> str | None:
-        """The same among the ranks of one copy of the policy, and for this moment only.
+        """Return the same for the ranks of one copy of the policy, and for this moment only.
 
         For what the copies do each by themselves: another one may go on. Only the copy that rank 0
         belongs to knows about the time limit.
@@ -189,7 +190,7 @@ class Stops:
         return self._reason(self._largest(self._code(), model.group, model.size))
 
     def _code(self) -> int:
-        """What this rank has to say; 0: go on."""
+        """Return what this rank has to say; 0: go on."""
         if self._signals.reason is not None:
             return int(signal.Signals[self._signals.reason])
         return _TIME_LIMIT if self._topology.is_main and self._late() else 0

@@ -81,7 +81,8 @@ class Phases:
         limits: PhaseMinutes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """
+        """Begin with nothing open.
+
         Args:
             limits: None: no limits at all.
         """
@@ -105,7 +106,7 @@ class Phases:
             self.changed()
 
     def late(self) -> str | None:
-        """What is late, in words; None: nothing."""
+        """Say what is late, in words; None: nothing."""
         now = self._clock()
         for phase in self._open:
             if phase.over(now):
@@ -117,7 +118,7 @@ class Phases:
         return None
 
     def excuse(self, seconds: float) -> None:
-        """Don't count these seconds to what is open."""
+        """Leave these seconds out of what is open."""
         for phase in self._open:
             phase.began += seconds
 
@@ -131,7 +132,8 @@ class Watchdog:
     """Within the ``with`` block, ends this process when one of its phases is late."""
 
     def __init__(self, logs: Path, phases: Phases, rank: int) -> None:
-        """
+        """Begin with no peers.
+
         Args:
             logs: the run's folder for logs, which is there.
         """
@@ -175,7 +177,7 @@ class Watchdog:
         self.peers_are({rank: pid for rank, (other, pid) in enumerate(everyone) if other == place})
 
     def peers_are(self, processes: Mapping[int, int]) -> None:
-        """Process ids by rank; this one's may be among them."""
+        """Take process ids by rank; this one's may be among them."""
         self._peers = {rank: pid for rank, pid in processes.items() if rank != self._rank}
 
     def _path(self, rank: int) -> Path:
@@ -214,7 +216,7 @@ class Watchdog:
                 self._follow(late)
 
     def _follow(self, late: str | None) -> None:
-        """A peer asks for this rank's stacks and ends the run; its children only we know."""
+        """Ask the children, whom only we know; a peer has this rank's stacks and ends the run."""
         faulthandler.unregister(signal.SIGTERM)  # the stacks are written once, and now
         self._ask_scoring_processes()
         time.sleep(_OTHERS_SECONDS)
@@ -233,7 +235,7 @@ class Watchdog:
         end(1)
 
     def _first_here(self) -> bool:
-        """Whether no other rank of this machine has found the hang before."""
+        """Tell whether no other rank of this machine has found the hang before."""
         try:
             self._claim.touch(exist_ok=False)
         except OSError:
@@ -241,7 +243,7 @@ class Watchdog:
         return True
 
     def _collect(self, late: str) -> str:
-        """Write the stacks of all ranks here; who did, and what keeps the others from it."""
+        """Write the stacks of all ranks here; return who did, and what keeps the others from it."""
         before = {self._path(rank): _size(self._path(rank)) for rank in self._peers}
         scoring = [path for path in map(self._scoring, self._peers) if path.exists()]
         before |= {path: _size(path) for path in scoring}
@@ -259,7 +261,7 @@ class Watchdog:
         return "; ".join(words)
 
     def _ask_scoring_processes(self) -> None:
-        """One after the other, as they share a file, and they end with this rank."""
+        """Ask one after the other, as they share a file, and they end with this rank."""
         path = self._scoring(self._rank)
         deadline = time.monotonic() + _ANSWER_SECONDS
         for child in multiprocessing.active_children():
@@ -274,7 +276,7 @@ class Watchdog:
 
 
 def _wait_for_growth(before: Mapping[Path, int]) -> set[Path]:
-    """Files that have not grown beyond these sizes when the time is up."""
+    """Return files that have not grown beyond these sizes when the time is up."""
     deadline = time.monotonic() + _ANSWER_SECONDS
     unchanged = set(before)
     while unchanged and time.monotonic() < deadline:
@@ -285,7 +287,7 @@ def _wait_for_growth(before: Mapping[Path, int]) -> set[Path]:
 
 
 def write_stacks_when_asked() -> None:
-    """In a scoring process: let its rank have the stacks, whatever it is at."""
+    """Let a scoring process's rank have its stacks, whatever it is at."""
     path = os.environ.get(_SCORING)
     if path is not None:
         file = Path(path).open("ab", buffering=0)  # noqa: SIM115 - faulthandler keeps it
@@ -306,7 +308,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _state(pid: int) -> str:
-    """Why a process doesn't answer, as far as the kernel tells."""
+    """Say why a process doesn't answer, as far as the kernel tells."""
     try:
         # The name before it, in brackets, may hold anything.
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -31,7 +31,7 @@ def sample_rollouts(
     first: int = 0,
     interrupt: Interrupt | None = None,
 ) -> list[Rollout]:
-    """``samples`` rollouts of each prompt of this replica, a prompt's samples side by side.
+    """Sample ``samples`` rollouts of each prompt of this replica, a prompt's samples side by side.
 
     Args:
         first: place, among the step's prompts, of the first prompt of all replicas.
@@ -81,7 +81,7 @@ def sample_rollouts(
 def score_rollouts(
     topology: Topology, rollouts: Sequence[Rollout], scorer: Scorer
 ) -> list[ScoredRollout]:
-    """Scores from one rank of each replica, so that a user's function runs once a rollout.
+    """Score on one rank of each replica, so that a user's function runs once a rollout.
 
     Raises:
         RewardError: on every rank of every replica, if a reward failed on any of them.
@@ -103,19 +103,19 @@ def score_rollouts(
 
 
 def share(prompts: Sequence[Prompt], topology: Topology) -> list[Prompt]:
-    """This replica's part of the prompts: every n-th."""
+    """Return this replica's part of the prompts: every n-th."""
     return list(prompts[topology.data.rank :: topology.data.size])
 
 
 def group(scored: Sequence[ScoredRollout], samples: int) -> list[RolloutGroup]:
-    """Rollouts in the order of `sample_rollouts`, by prompt."""
+    """Group rollouts in the order of `sample_rollouts` by prompt."""
     return [
         RolloutGroup(members[0].rollout.prompt, members) for members in batched(scored, samples)
     ]
 
 
 def describe(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Rewards and lengths of a step's rollouts."""
+    """Return rewards and lengths of a step's rollouts."""
     scored = [sample for found in groups for sample in found.samples]
     rewards = torch.tensor([sample.reward for sample in scored], dtype=torch.float64)
     lengths = [len(sample.rollout.tokens) for sample in scored]
@@ -132,7 +132,7 @@ def describe(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def samples_of(groups: Sequence[RolloutGroup], count: int) -> tuple[dict[str, Any], ...]:
-    """The first rollout of the first groups, for a reader."""
+    """Return the first rollout of the first groups, for a reader."""
     chosen = [found.samples[0] for found in groups[:count]]
     return tuple(
         {

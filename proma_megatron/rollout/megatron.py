@@ -32,7 +32,7 @@ def generate(
     options: SamplingOptions,
     interrupt: Interrupt | None = None,
 ) -> list[Completion]:
-    """One completion a prompt, the same on every rank of this replica.
+    """Generate one completion a prompt, the same on every rank of this replica.
 
     Args:
         noise: (prompts, max_new_tokens) uniform numbers; ignored when greedy.
@@ -118,7 +118,7 @@ def _decode(
 
 
 def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Each prompt once, and where each one is among these: samples share what the prompt costs."""
+    """Return each prompt once, and where each one is among these: samples share a prompt's cost."""
     places: dict[tuple[int, ...], int] = {}
     owner = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     return list(places), owner
@@ -127,7 +127,7 @@ def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], 
 def _next_logits(
     policy: Policy, cache: KeyValueCache, inputs: torch.Tensor, *, gather: bool
 ) -> torch.Tensor | None:
-    """Logits of the next token on the last stage, None on the others.
+    """Return logits of the next token on the last stage, None on the others.
 
     Args:
         gather: (b, V) on every tensor rank; otherwise this rank's columns, without padding.
@@ -171,7 +171,7 @@ def _next_logits(
 def _own_logits(
     hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, **_: Any
 ) -> torch.Tensor:
-    """(b, 1, V/tp) of the last token, from hidden states (s, b, h): Megatron's output processor."""
+    """Return (b, 1, V/tp) of the last token, from hidden states (s, b, h): Megatron's processor."""
     logits, _ = output_layer(hidden_states[-1:], weight=output_weight, runtime_gather_output=False)
     return logits.transpose(0, 1)
 
@@ -183,7 +183,7 @@ def _draw(
     options: SamplingOptions,
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (b,) and log-probabilities (b,), equal on every rank of the replica.
+    """Draw tokens (b,) with log-probabilities (b,), equal on every rank of the replica.
 
     A rank draws from its own columns of the vocabulary, and the sum over all ranks is what the one
     that holds the draw has found. If rows have to be sorted, all tensor ranks of the last stage

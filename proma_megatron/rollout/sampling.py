@@ -11,7 +11,7 @@ from proma_megatron.distributed.topology import Axis
 
 
 def noise(seed: int, step: int, prompt: int, sample: int, count: int) -> torch.Tensor:
-    """(count,) uniform numbers that belong to one rollout.
+    """Return (count,) uniform numbers that belong to one rollout.
 
     A function of these arguments alone (``prompt`` is a place among the step's prompts): what is
     sampled does not depend on the batch a rollout decodes in, nor on the layout.
@@ -28,7 +28,7 @@ def sample(
     top_k: int,
     top_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row, by inversion of the cumulative distribution.
+    """Draw one token a row, by inversion of the cumulative distribution.
 
     Args:
         logits: (b, V) without vocabulary padding.
@@ -62,7 +62,7 @@ def sample_shard(
     top_k: int,
     tensor: Axis,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sample` from logits that lie in shards of the vocabulary, without a top-p; a collective.
+    """Draw as `sample` from logits in shards of the vocabulary, without a top-p; a collective.
 
     Three numbers a row cross ranks: the largest logit, and the mass of all and of the truncated
     shard relative to it. From these, the same on all ranks, each says whose columns hold the draw,
@@ -107,31 +107,31 @@ def sample_shard(
 
 
 def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits over temperature in float32 or better."""
+    """Return logits over temperature in float32 or better."""
     return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
 def _kth_largest(values: torch.Tensor, k: int, tensor: Axis) -> torch.Tensor:
-    """(b,) of the rows (b, n) of all ranks together; the smallest where they have fewer."""
+    """Return (b,) k-th largest values of all ranks' rows (b, n); the smallest of short rows."""
     local = values.topk(min(k, values.shape[1]), dim=1).values
     padded = torch.nn.functional.pad(local, (0, k - local.shape[1]), value=-torch.inf)
     return _gather(padded, tensor).transpose(0, 1).flatten(1).topk(k, dim=1).values[:, -1]
 
 
 def _gather(values: torch.Tensor, tensor: Axis) -> torch.Tensor:
-    """(ranks, *shape) of every rank's values."""
+    """Gather every rank's values to (ranks, *shape)."""
     found = values.new_empty((tensor.size * len(values), *values.shape[1:]))
     dist.all_gather_into_tensor(found, values.contiguous(), group=tensor.group)
     return found.view(tensor.size, *values.shape)
 
 
 def _last_positive(values: torch.Tensor) -> torch.Tensor:
-    """(b,) place of the last entry above 0 of each row (b, n); 0 where there is none."""
+    """Return (b,) places of the last entry above 0 of each row (b, n); 0 where there is none."""
     return (values > 0).int().cumsum(dim=1).argmax(dim=1)
 
 
 def _truncate(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Probabilities with everything outside of top-k and top-p set to 0, not renormalized."""
+    """Set probabilities outside of top-k and top-p to 0, without renormalizing."""
     vocabulary = probabilities.shape[1]
     if 0 < top_k < vocabulary:
         smallest = probabilities.topk(top_k, dim=1).values[:, -1:]

@@ -11,12 +11,12 @@ from proma_megatron.types import RolloutGroup, zero_variance
 
 
 def informative(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """The groups whose rewards are not all equal, in their order."""
+    """Return the groups whose rewards are not all equal, in their order."""
     return [g for g in groups if not zero_variance([sample.reward for sample in g.samples])]
 
 
 def choose(groups: Sequence[RolloutGroup], wanted: int) -> list[RolloutGroup]:
-    """``wanted`` groups in their order: informative ones and, where they are too few, others."""
+    """Return ``wanted`` groups in their order: informative ones and, if too few, others."""
     found = informative(groups)
     told = {id(group) for group in found}
     rest = [group for group in groups if id(group) not in told]

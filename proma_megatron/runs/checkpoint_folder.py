@@ -43,12 +43,12 @@ def name_of(phase: str, step: int) -> str:
 
 
 def is_warm_start(path: Path) -> bool:
-    """Whether a checkpoint is of the supervised warm start."""
+    """Tell whether a checkpoint is of the supervised warm start."""
     return path.name.startswith(PREFIXES["warm_start"])
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Every checkpoint, complete or not, in the order of the run."""
+    """Return every checkpoint, complete or not, in the order of the run."""
     found = []
     for entry in _entries(folder):
         for order, prefix in enumerate(PREFIXES.values()):
@@ -60,7 +60,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in the folder; nothing if it was never made.
+    """Return what is in the folder; nothing if it was never made.
 
     A listing that fails must not be taken for an empty one: runs are started anew on its word.
     """
@@ -84,17 +84,17 @@ def is_complete(path: Path) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """The complete checkpoint that the run reached last."""
+    """Return the complete checkpoint that the run reached last."""
     return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
 
 
 def best(folder: Path, without: Collection[Path] = ()) -> Path | None:
-    """The complete checkpoint with the highest validation accuracy; of equals, the first."""
+    """Return the complete checkpoint with the highest validation accuracy; of equals, the first."""
     return next((path for path in _by_score(folder) if path not in without), None)
 
 
 def expendable(folder: Path, keep_last: int | None, keep_best: int) -> list[Path]:
-    """Complete checkpoints that may be removed, oldest first.
+    """Return complete checkpoints that may be removed, oldest first.
 
     Kept are the last ``keep_last`` of them (None: all), the ``keep_best`` with the highest
     validation accuracy, and the policy that RL started from, to which divergences are measured. Of
@@ -142,7 +142,7 @@ def write_marker(path: Path, marker: Marker) -> None:
 
 
 def read_marker(path: Path) -> Marker:
-    """What a checkpoint says of itself.
+    """Read what a checkpoint says of itself.
 
     Raises:
         ConfigError: it is not complete.
@@ -165,7 +165,7 @@ def read_marker(path: Path) -> Marker:
 
 
 def _by_score(folder: Path) -> list[Path]:
-    """Complete checkpoints with a validation accuracy, best first; of equals, the earlier."""
+    """Return complete checkpoints with a validation accuracy, best first, equals as they come."""
     scored = []
     for place, path in enumerate(checkpoints(folder)):
         try:

@@ -50,7 +50,7 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
 def write_companions(
     out: Path, saved: Saved, tokenizer: Tokenizer, vocab_size: int, dtype: str
 ) -> list[str]:
-    """Write everything but the weights; notes for the user.
+    """Write everything but the weights; return notes for the user.
 
     What the run's Hugging Face model came with is copied, but for the dtype.
 
@@ -83,7 +83,7 @@ def write_companions(
 
 
 def _describes(kept: Path, model: ModelConfig) -> bool:
-    """Whether the config.json there is this model's; that of a mere tokenizer is another's."""
+    """Tell whether the config.json there is this model's; that of a mere tokenizer is another's."""
     if not (kept / CONFIG).is_file():
         return False
     try:
@@ -102,7 +102,7 @@ def _special(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _write_sentencepiece(out: Path, source: Path, tokenizer: SentencePieceTokenizer) -> list[str]:
-    """The model file, and the settings with which transformers reads it in the same way."""
+    """Write the model file, and the settings with which transformers reads it in the same way."""
     shutil.copyfile(source, out / "tokenizer.model")
     _write_json(out / "tokenizer_config.json", tokenizer.transformers_settings())
     from transformers import AutoTokenizer

@@ -80,13 +80,13 @@ class RunDir:
         return self.path / "huggingface"
 
     def evaluation(self, step: int) -> Path:
-        """Completions of the validation after this step."""
+        """Return the path of the completions of the validation after this step."""
         return self.path / "evaluation" / f"step_{step:06d}.jsonl"
 
     def nonfinite(
         self, step: int, minibatch: int, replica: int, microbatch: int, phase: str = "rl"
     ) -> Path:
-        """The dump of a microbatch whose loss, gradient or projection was not finite.
+        """Return the path for a microbatch whose loss, gradient or projection was not finite.
 
         Phases count their steps separately; that of ``phase``, unless "rl", is in the name.
         """
@@ -107,11 +107,11 @@ class RunDir:
         return self.path / f"unscored_step_{step:06d}.jsonl"
 
     def checkpoint(self, step: int) -> Path:
-        """The policy after so many RL steps."""
+        """Return the folder of the policy after so many RL steps."""
         return self.checkpoints / name_of("rl", step)
 
     def latest_checkpoint(self) -> Path | None:
-        """The complete checkpoint that the run reached last, if there is one."""
+        """Return the complete checkpoint that the run reached last, if there is one."""
         return newest(self.checkpoints)
 
     @property
@@ -130,7 +130,7 @@ class RunDir:
 
 
 def resumes(path: Path) -> bool:
-    """Whether ``--resume-or-start`` finds a run to go on with; what else is there is overwritten.
+    """Tell whether ``--resume-or-start`` finds a run to go on with; anything else is overwritten.
 
     Under torchrun and srun every rank may ask: before all of them are there, no checkpoint appears.
 
@@ -218,7 +218,7 @@ def _remove_run(run_dir: RunDir) -> None:
 
 
 def with_own_tokenizer(config: RunConfig) -> RunConfig:
-    """For a run that goes on: the configuration with the tokenizer that the run has kept."""
+    """Return a resumed run's configuration with the tokenizer that the run has kept."""
     kept = RunDir(config.run_dir).own_tokenizer
     if kept is None:
         return config

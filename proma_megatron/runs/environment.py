@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """What a reader needs to reproduce the run: versions, git state and the device, no hostname."""
+    """Return what a reader needs to reproduce the run: versions, git state, device, no hostname."""
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "proma-megatron": proma_megatron.__version__,
@@ -26,7 +26,7 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def git_state(checkout: Path) -> dict[str, Any] | None:
-    """``{"revision", "dirty"}`` of a checkout's root; None where ``checkout`` is not one.
+    """Return ``{"revision", "dirty"}`` of a checkout's root; None where ``checkout`` is not one.
 
     A directory inside another project's repository, such as site-packages of a virtual
     environment, is no checkout of this project. ``revision`` is None before the first commit;
@@ -42,7 +42,7 @@ def git_state(checkout: Path) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command; None if it fails or there is no git."""
+    """Return the output of a git command; None if it fails or there is no git."""
     try:
         result = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
@@ -53,7 +53,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
-    """Installed version; None for a package that is only on PYTHONPATH."""
+    """Return the installed version; None for a package that is only on PYTHONPATH."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -40,7 +40,7 @@ class Saved:
 
 
 def open_saved(path: Path, overrides: Sequence[str] = (), settings: Path | None = None) -> Saved:
-    """What is at ``path``, with its configuration and these overrides.
+    """Open what is at ``path``, with its configuration and these overrides.
 
     A run's weights come from its checkpoint, the newest if ``path`` is the run itself, and its
     tokenizer from the copy in its directory: the Hugging Face model it began with may be gone.
@@ -72,14 +72,14 @@ def open_saved(path: Path, overrides: Sequence[str] = (), settings: Path | None 
 
 
 def _stored_dtype(path: Path) -> str:
-    """What config.json says that the weights are, if we compute in it."""
+    """Return what config.json says that the weights are, if we compute in it."""
     fields = read_json(path, CONFIG)
     found = str(fields.get("dtype") or fields.get("torch_dtype"))
     return found if found in get_args(ComputeConfig.model_fields["dtype"].annotation) else "float32"
 
 
 def _find_run(path: Path) -> tuple[RunDir, Path]:
-    """The run at this path, or around this checkpoint, and the checkpoint."""
+    """Return the run at this path, or around this checkpoint, and the checkpoint."""
     real = path.resolve()  # a checkpoint may be named from within its folder
     if (real / MARKER).is_file() or real.parent.name == "checkpoints":
         run, checkpoint = RunDir(real.parent.parent), real
@@ -100,6 +100,6 @@ def _find_run(path: Path) -> tuple[RunDir, Path]:
 
 
 def _own(tree: Mapping[str, Any], run: RunDir) -> dict[str, Any]:
-    """The run's configuration without what lies outside of its directory."""
+    """Return the run's configuration without what lies outside of its directory."""
     tokenizer = {**(tree.get("tokenizer") or {}), "path": str(run.own_tokenizer or run.tokenizer)}
     return {**tree, "tokenizer": tokenizer, "model": {**tree["model"], "path": None}}

@@ -118,7 +118,7 @@ class Keeper:
         return self._longest * (size + adam) / size
 
     def _add_result(self, path: Path, position: Position, score: float | None) -> None:
-        """A step's validation that came after its checkpoint."""
+        """Add a step's validation that came after its checkpoint."""
         if score is None or not self.policy.topology.is_main:
             return
         marker = read_marker(path)
@@ -126,7 +126,7 @@ class Keeper:
         point(self.run_dir.checkpoints, BEST, best(self.run_dir.checkpoints))
 
     def best_score(self) -> float:
-        """The highest validation accuracy of a checkpoint; -1 if none has one."""
+        """Return the highest validation accuracy of a checkpoint; -1 if none has one."""
         found = best(self.run_dir.checkpoints) if self.policy.topology.is_main else None
         score = -1.0 if found is None else read_marker(found).score
         return self.policy.topology.gather_over_all(score)[0]
@@ -152,7 +152,7 @@ class Keeper:
     # ------------------------------------------------------------------ going on
 
     def newest(self) -> Path:
-        """The checkpoint to go on from; what is left of incomplete ones is removed."""
+        """Return the checkpoint to go on from, and remove what is left of incomplete ones."""
         folder, topology = self.run_dir.checkpoints, self.policy.topology
         if topology.is_main:
             for path in checkpoints(folder):
@@ -172,7 +172,7 @@ class Keeper:
         load_checkpoint(self.run_dir.checkpoint(0), Contents(self.policy))
 
     def load(self, path: Path, optimizer: Optimizer | None) -> Position:
-        """Read a checkpoint into the run; where it stood.
+        """Read a checkpoint into the run; return where it stood.
 
         Raises:
             ConfigError, StorageError: as `load_checkpoint`.

@@ -35,7 +35,7 @@ class Collector:
     def collect(
         self, step: int, look_up: Callable[[], None]
     ) -> tuple[list[RolloutGroup], dict[str, float]]:
-        """Scored groups of the step, as many as it has prompts, and what they were like.
+        """Return scored groups of the step, as many as it has prompts, and what they were like.
 
         With ``rollout.resampling_rounds`` groups whose rewards are all equal, which teach nothing,
         are replaced by those of further prompts while rounds last; the metrics are of everything
@@ -65,7 +65,7 @@ class Collector:
         return choose(sampled, wanted), metrics
 
     def _generate(self, prompts: Sequence[Prompt], step: int, first: int) -> list[Rollout]:
-        """Rollouts of this replica's share of the prompts; none if it is to stop meanwhile."""
+        """Roll out this replica's share of the prompts; none if it is to stop meanwhile."""
         try:
             return sample_rollouts(
                 self.policy,
@@ -82,7 +82,7 @@ class Collector:
             return []  # all replicas agree on it next
 
     def _score(self, rollouts: list[Rollout], step: int) -> list[RolloutGroup]:
-        """Scored groups of all replicas, in the order of the prompts, on every rank."""
+        """Score groups of all replicas, in the order of the prompts, on every rank."""
         try:
             scored = score_rollouts(self.topology, rollouts, self.scorer)
         except RewardError:

@@ -62,13 +62,13 @@ class StepContext:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within the ``with`` block, this rank is at this: watched, profiled and timed."""
+        """Watch, profile and time this rank in this phase within the ``with`` block."""
         with self.stopwatch.phase(name):
             yield
 
     @contextmanager
     def setup(self) -> Iterator[None]:
-        """Within the ``with`` block, this rank gets ready: watched, and part of no step's time."""
+        """Watch this rank as it gets ready within the ``with`` block, in no step's time."""
         with self.phases.phase("setup"):
             yield
 

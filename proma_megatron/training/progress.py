@@ -132,7 +132,7 @@ class Progress:
             )
 
     def stop_at_trouble(self) -> None:
-        """After a step: remember where all was well, and give up when it has not been for long.
+        """Remember after a step where all was well, and give up when it has not been for long.
 
         Raises:
             NonFiniteError: the position before the trouble is saved.

@@ -45,7 +45,7 @@ def fill(shards: Iterable[ParameterShard], read: Callable[[str], Narrowable]) ->
 def initialize(
     chunk: torch.nn.Module, model: ModelConfig, vocab_size: int, topology: Topology, seed: int
 ) -> None:
-    """Random weights, a function of (seed, Hugging Face name) alone and so alike in every layout.
+    """Draw weights by (seed, Hugging Face name) alone, and so alike in every layout.
 
     Normal with ``init_std``, scaled by 1/sqrt(2 * layers) for the two projections that write into
     the residual stream, as GPT-2 does; norms 1, biases 0.

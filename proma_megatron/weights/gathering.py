@@ -24,7 +24,7 @@ def gather(
     vocab_size: int,
     topology: Topology,
 ) -> dict[str, torch.Tensor]:
-    """All of `gather_each` at once: everything on global rank 0, nothing elsewhere."""
+    """Gather all of `gather_each` at once: everything on global rank 0, nothing elsewhere."""
     return dict(gather_each(shards, read, model, vocab_size, topology))
 
 
@@ -36,7 +36,7 @@ def gather_each(
     topology: Topology,
     names: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Unsharded tensors by Hugging Face name, one after the other, on the CPU of global rank 0.
+    """Yield unsharded tensors by Hugging Face name, one by one, on the CPU of global rank 0.
 
     The other ranks get none, and have to walk to the end all the same: they send their parts
     meanwhile. Only those of the first data-parallel replica have any.
@@ -105,7 +105,7 @@ class _Part:
 
 
 def _entries(shard: ParameterShard, tensor: str, read: Read) -> torch.Tensor:
-    """This rank's entries of a tensor, its runs side by side."""
+    """Return this rank's entries of a tensor, its runs side by side."""
     value = read(shard).detach()
     return torch.cat(
         [

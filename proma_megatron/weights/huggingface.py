@@ -36,7 +36,7 @@ class HuggingFaceModel:
     dtypes: frozenset[str]  # of the tensors, as safetensors spells them
 
     def read(self, name: str) -> TensorSlices:
-        """One tensor, of which only what is narrowed to leaves the disk."""
+        """Open one tensor, of which only what is narrowed to leaves the disk."""
         return TensorSlices(self.path / self.files[name], name)
 
 
@@ -48,7 +48,7 @@ class TensorSlices:
     name: str
 
     def narrow(self, axis: int, start: int, length: int) -> torch.Tensor:
-        """As `torch.Tensor.narrow`, for the first two axes.
+        """Narrow as `torch.Tensor.narrow`, for the first two axes.
 
         Raises:
             ConfigError: the file can't be read, or there is a NaN or an infinity in this slice.
@@ -71,7 +71,7 @@ class TensorSlices:
 def read_model(
     path: Path, compute: ComputeConfig, *, compare_head: bool = True
 ) -> HuggingFaceModel:
-    """The model of a Hugging Face directory, checked, with weights still on disk.
+    """Open the model of a Hugging Face directory, checked, with weights still on disk.
 
     Args:
         compare_head: where a tied model stores its head as well, whether to read both tables and
@@ -95,7 +95,7 @@ def read_model(
 
 
 def conversion_note(found: HuggingFaceModel) -> str | None:
-    """What loading rounds, in words; None if the weights are computed in as they are stored."""
+    """Say what loading rounds; None if the weights are computed in as they are stored."""
     computed = {"float64": "F64", "float32": "F32", "bfloat16": "BF16"}[found.model.dtype]
     exact = {"F64": DTYPES, "F32": ("F32", "F16", "BF16"), "BF16": ("BF16",)}[computed]
     rounded = sorted(found.dtypes - set(exact))
@@ -108,7 +108,7 @@ def conversion_note(found: HuggingFaceModel) -> str | None:
 
 
 def _find_tensors(path: Path) -> dict[str, str]:
-    """Every tensor with the file that holds it: from the only file, or from the index."""
+    """Find every tensor with the file that holds it: from the only file, or from the index."""
     single, index = path / WEIGHTS, path / INDEX
     if single.is_file():  # transformers, too, looks for it first
         return dict.fromkeys(_names(single), single.name)
@@ -144,7 +144,7 @@ def _unreadable(file: Path, error: Exception) -> ConfigError:
 def _check_tensors(
     path: Path, files: dict[str, str], model: ModelConfig, vocab_size: int
 ) -> frozenset[str]:
-    """Every tensor of the model is there in its shape, and no other; their dtypes."""
+    """Check that every tensor is there in its shape, and no other; return their dtypes."""
     dtypes = set()
     shapes = tensor_shapes(model, vocab_size)
     missing = [name for name in shapes if name not in files]
@@ -173,7 +173,7 @@ def _check_tensors(
 
 
 def _check_head(path: Path, files: dict[str, str], model: ModelConfig) -> None:
-    """A head that a tied model stores is the embedding."""
+    """Check that a head that a tied model stores is the embedding."""
     if model.tie_embeddings and HEAD in files and not _equal(path, files, HEAD, EMBEDDING):
         raise ConfigError(
             f"{path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
@@ -181,7 +181,7 @@ def _check_head(path: Path, files: dict[str, str], model: ModelConfig) -> None:
 
 
 def _equal(path: Path, files: dict[str, str], first: str, second: str) -> bool:
-    """Whether two tables are equal, read a few rows at a time."""
+    """Tell whether two tables are equal, read a few rows at a time."""
     with (
         safe_open(path / files[first], framework="pt") as one,
         safe_open(path / files[second], framework="pt") as other,

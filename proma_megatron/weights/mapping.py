@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the launcher reads shapes without loading Megatron
 def parameter_shards(
     chunk: torch.nn.Module, model: ModelConfig, vocab_size: int, topology: Topology
 ) -> list[ParameterShard]:
-    """The shards of a bare model chunk, in the order of its parameters.
+    """Return the shards of a bare model chunk, in the order of its parameters.
 
     Raises:
         ValueError: a parameter that the table above does not know, or the configuration denies.
@@ -56,7 +56,7 @@ def parameter_shards(
 
 
 def _look_up(name: str, chunk: torch.nn.Module, model: ModelConfig) -> tuple[str, int | None, Row]:
-    """The parameter's name and layer in the whole model, and its row with complete names."""
+    """Return the parameter's name and layer in the whole model, and its row with complete names."""
     if name == "output_layer.weight" and model.tie_embeddings:
         return name, None, TIED_HEAD
     if name in MODEL:
@@ -87,7 +87,7 @@ class _Block:
 def _blocks(
     row: Row, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, tp: int
 ) -> list[_Block]:
-    """What the whole, unsharded parameter holds along its cut axis, end to end."""
+    """Return what the whole, unsharded parameter holds along its cut axis, end to end."""
     parts = {Fusion.NONE: 1, Fusion.KV_GROUP: model.kv_heads, Fusion.RANK: tp}[row.fusion]
     lengths = {tensor: shapes[tensor][row.axis] // parts for tensor in row.tensors}
     return [
@@ -98,7 +98,7 @@ def _blocks(
 
 
 def _cut(blocks: Iterable[_Block], start: int, length: int) -> tuple[Run, ...]:
-    """The runs of ``blocks``, laid end to end, that fall into [start, start + length).
+    """Return the runs of ``blocks``, laid end to end, that fall into [start, start + length).
 
     Tensors with nothing in the window keep a run of length 0: every rank must know every unit,
     or the ranks would disagree about what is reduced.
@@ -115,7 +115,7 @@ def _cut(blocks: Iterable[_Block], start: int, length: int) -> tuple[Run, ...]:
 
 
 def tensor_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of the model with its unsharded shape."""
+    """Return every Hugging Face tensor of the model with its unsharded shape."""
     hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, model.head_dim
     rows = {"q": model.heads * dim, "k": model.kv_heads * dim, "v": model.kv_heads * dim}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, hidden)}

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def _plan(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_size: str
 ) -> dict[str, list[str]]:
-    """Files of at most this size with their tensors, named as transformers names them."""
+    """Plan files of at most this size with their tensors, named as transformers names them."""
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     return split_torch_state_dict_into_shards(empty, max_shard_size=shard_size).filename_to_tensors
 
