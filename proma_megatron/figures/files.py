@@ -23,7 +23,7 @@ def write_figure(
     smooth: bool = False,
     command: str | None = None,
 ) -> tuple[Path, Path, Path]:
-    """Write the PNG, and of the same stem the CSV and the HTML file; the paths of all three.
+    """Write the PNG, and of the same stem the CSV and the HTML file; return the paths of all three.
 
     Args:
         columns: panels in a row.

@@ -76,13 +76,13 @@ def write_page(
 
 
 def _stride(lines: Sequence[Sequence[Series]]) -> int:
-    """Every how many points one is shown."""
+    """Return every how many points one is shown."""
     points = sum(len(line.points) for of_panel in lines for line in of_panel)
     return -(-points // MAX_POINTS) or 1
 
 
 def _thin(line: Series, stride: int) -> Series:
-    """Every ``stride``-th point and the last one."""
+    """Return every ``stride``-th point and the last one."""
     kept = line.points[::stride]
     if line.points and kept[-1] is not line.points[-1]:
         kept += (line.points[-1],)
@@ -92,7 +92,7 @@ def _thin(line: Series, stride: int) -> Series:
 def _embedded(
     panels: Sequence[Panel], lines: Sequence[Sequence[Series]], frames: Sequence[Frame | None]
 ) -> str:
-    """What the script reads, as JSON that can't end the element that it is in."""
+    """Return what the script reads, as JSON that can't end the element that it is in."""
     found = [
         {
             "key": panel.key,
@@ -122,7 +122,7 @@ def _embedded(
 
 
 def _bounds(line: Series, values: list[float]) -> list[float] | None:
-    """None where there is no band: they would repeat the means."""
+    """Return a band's values; None where there is no band: they would repeat the means."""
     return [_rounded(value) for value in values] if line.banded else None
 
 
@@ -134,7 +134,7 @@ def _rounded(value: float) -> float:
 
 
 def _colors() -> str:
-    """The palette as style properties; black is a line's color on white only."""
+    """Return the palette as style properties; black is a line's color on white only."""
     light = "".join(f"--g{i}: {color};" for i, color in enumerate(palette.COLORS))
     black = palette.COLORS.index("#000000")
     return (

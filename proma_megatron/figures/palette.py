@@ -9,5 +9,5 @@ def color(index: int) -> str:
 
 
 def dash(index: int) -> str:
-    """SVG's dash pattern of a line; empty for a solid one."""
+    """Return SVG's dash pattern of a line; empty for a solid one."""
     return DASHES[index % len(DASHES)]

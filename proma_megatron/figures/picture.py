@@ -90,7 +90,7 @@ def draw_picture(
 
 
 def _draw_panel(axes: Axes, panel: Panel, groups: Sequence[Group], smooth: bool) -> bool:
-    """Draw all groups; whether any line is a running mean."""
+    """Draw all groups; tell whether any line is a running mean."""
     smoothed = drawn = False
     for index, group in enumerate(groups):
         found = series(group, panel.key)
@@ -114,7 +114,7 @@ def _draw_panel(axes: Axes, panel: Panel, groups: Sequence[Group], smooth: bool)
 
 
 def _draw_line(axes: Axes, found: Series, index: int) -> None:
-    """The mean, and a band between the lowest and the highest seed."""
+    """Draw the mean, and a band between the lowest and the highest seed."""
     means = [point.mean for point in found.points]
     if found.banded:
         axes.fill_between(
@@ -131,7 +131,7 @@ def _draw_line(axes: Axes, found: Series, index: int) -> None:
 
 
 def _draw_smoothed(axes: Axes, found: Series, index: int) -> bool:
-    """A thin raw line and a thick running mean."""
+    """Draw a thin raw line and a thick running mean."""
     means = np.array([point.mean for point in found.points])
     # Antialiased, a noisy curve is pixels of every color, and the PNG twice the size.
     axes.plot(
@@ -149,6 +149,6 @@ def _stroke(index: int) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """A label that matplotlib neither typesets nor, for its first "_", leaves out."""
+    """Return a label that matplotlib neither typesets nor, for its first "_", leaves out."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

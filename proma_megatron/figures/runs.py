@@ -30,7 +30,7 @@ class Run:
         return None if self.config is None else self.config.get("seed")
 
     def values(self, key: str) -> list[tuple[int, float]]:
-        """Step and value of the rows where ``key`` is there and not null."""
+        """Return step and value of the rows where ``key`` is there and not null."""
         return [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
 
 
@@ -51,7 +51,7 @@ class Group:
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """The run in this directory, which may still be going on.
+    """Read the run in this directory, which may still be going on.
 
     Raises:
         ConfigError: there is no metrics.jsonl, or no RL step in it.
@@ -62,7 +62,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
 
 
 def rl_rows(path: Path) -> list[Row]:
-    """A run's RL rows by ascending step; of a step that a resumed run repeated, the last.
+    """Return a run's RL rows by ascending step; of a step that a resumed run repeated, the last.
 
     Raises:
         ConfigError: there is no metrics.jsonl, or no RL step in it.
@@ -77,7 +77,7 @@ def rl_rows(path: Path) -> list[Row]:
 
 
 def read_groups(paths: Sequence[Path]) -> list[Group]:
-    """These runs in groups, in the order of their first members; a run named twice counts once.
+    """Read these runs in groups, in the order of their first members; each run counts once.
 
     Runs of one group have the same configuration but for ``seed``, ``name`` and ``root``. A group
     of one is called as its directory, a larger one as its algorithm, as long as that tells it from
@@ -99,7 +99,7 @@ def read_groups(paths: Sequence[Path]) -> list[Group]:
 
 
 def _recipe(run: Run) -> str:
-    """Everything in the configuration but what seeds of one experiment differ in."""
+    """Return everything in the configuration but what seeds of one experiment differ in."""
     if run.config is None:
         return run.name  # nothing is known of it, so it is like no other
     tree = {key: run.config[key] for key in run.config if key not in ("seed", "name", "root")}
@@ -121,19 +121,19 @@ def _labels(groups: Sequence[tuple[Run, ...]]) -> Iterator[str]:
 
 
 def _algorithm(runs: Sequence[Run]) -> str:
-    """Of a group of several; groups of one are called otherwise."""
+    """Return the algorithm of a group of several, "" of one, which is called otherwise."""
     config = runs[0].config
     return "" if config is None or len(runs) == 1 else str(config.get("algorithm", ""))
 
 
 def _shared_name(runs: Sequence[Run]) -> str:
-    """Their name without its seed: "ridge" of "ridge_seed1" and "ridge_seed2"; or nothing."""
+    """Return the name that runs share without seeds: "ridge" of "ridge_seed1" and "ridge_seed2"."""
     names = {re.sub(r"[._/-]*(seed|s)?[._-]*\d*$", "", run.name) for run in runs}
     return names.pop() if len(names) == 1 else ""
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Directory names, with their parents' where two are alike."""
+    """Return directory names, with their parents' where two are alike."""
     names = [path.name for path in paths]
     return [
         path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"

@@ -69,7 +69,7 @@ class Series:
 
 
 def series(group: Group, key: str) -> Series:
-    """``key`` over the steps at which any run of the group has it."""
+    """Return ``key`` over the steps at which any run of the group has it."""
     at: dict[int, list[tuple[str, float]]] = {}
     for member, run in zip(group.members, group.runs, strict=True):
         for step, value in run.values(key):
@@ -78,7 +78,7 @@ def series(group: Group, key: str) -> Series:
 
 
 def at_end(group: Group, key: str, last: int = 1) -> Spread | None:
-    """Each run's mean of its last so many values; None if no run has one."""
+    """Return the spread of each run's mean of its last so many values; None if no run has one."""
     found = []
     for member, run in zip(group.members, group.runs, strict=True):
         values = [value for _, value in run.values(key)][-last:]
@@ -88,7 +88,7 @@ def at_end(group: Group, key: str, last: int = 1) -> Spread | None:
 
 
 def step_seconds(group: Group) -> Spread | None:
-    """Each run's mean seconds of an RL step; None if no run has them."""
+    """Return the spread of each run's mean seconds of an RL step; None if no run has them."""
     found = []
     for member, run in zip(group.members, group.runs, strict=True):
         values = [value for _, value in run.values("seconds/step")]
@@ -98,7 +98,7 @@ def step_seconds(group: Group) -> Spread | None:
 
 
 def shares(runs: Sequence[Run]) -> dict[str, float]:
-    """Share of each phase in the seconds of all RL steps; what no phase counted is "other"."""
+    """Return each phase's share in the seconds of all RL steps; what no phase counted: "other"."""
     spent: dict[str, float] = {}
     for run in runs:
         for row in run.rows:
@@ -116,6 +116,6 @@ def shares(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def running_mean(values: np.ndarray, window: int = RUNNING_MEAN_STEPS) -> np.ndarray:
-    """(n,) mean of each value and up to ``window - 1`` before it: (n,) values in, no look-ahead."""
+    """Return (n,) means, each of a value of (n,) and up to ``window - 1`` before it."""
     starts = np.maximum(np.arange(len(values)) - window + 1, 0)
     return np.array([values[start : i + 1].mean() for i, start in enumerate(starts)])

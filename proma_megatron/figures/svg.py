@@ -31,7 +31,7 @@ class Frame(NamedTuple):
 
 
 def frame_of(lines: Sequence[Series]) -> Frame | None:
-    """Room for all lines and bands, from 0 up unless a value is below; None without a point."""
+    """Frame all lines and bands, from 0 up unless a value is below; None without a point."""
     points = [point for line in lines for point in line.points]
     if not points:
         return None
@@ -46,7 +46,7 @@ def frame_of(lines: Sequence[Series]) -> Frame | None:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers within these bounds, about ``count`` of them: 1, 2 or 5 times a power of 10."""
+    """Return about ``count`` round numbers within these bounds: steps are 1, 2 or 5 times 10^n."""
     least = 0.75 * (high - low) / count
     power = 10.0 ** math.floor(math.log10(least))
     width = next(power * f for f in (1, 2, 5, 10) if power * f >= least)
@@ -62,7 +62,7 @@ def draw_panel(
     color: Callable[[int], str],
     dash: Callable[[int], str],
 ) -> Iterator[str]:
-    """The panel's SVG element.
+    """Yield the lines of the panel's SVG element.
 
     Args:
         frame: of `frame_of`; None: the panel says "not recorded".
@@ -91,7 +91,7 @@ def draw_panel(
 
 
 def _description(panel: Panel, lines: Sequence[Series]) -> str:
-    """What a screen reader says in place of the drawing."""
+    """Return what a screen reader says in place of the drawing."""
     ends = [
         f"{line.label} {number(line.points[-1].mean)} at step {line.points[-1].step}"
         for line in lines

@@ -9,7 +9,7 @@ from proma_megatron.figures.series import Spread
 
 
 def legend_label(group: Group) -> str:
-    """A group's name, with the number of its seeds unless it is a run by its own name."""
+    """Return a group's name, with the number of its seeds unless it is a run by its own name."""
     count = len(group.runs)
     if count == 1 and group.label == group.runs[0].name:
         return group.label
@@ -17,7 +17,7 @@ def legend_label(group: Group) -> str:
 
 
 def reading_aid(groups: Sequence[Group], smoothed_over: int | None) -> str:
-    """What lines and bands are; empty where lines are simply the values.
+    """Say what lines and bands are; empty where lines are simply the values.
 
     Args:
         smoothed_over: steps of the running mean, where one is drawn.
@@ -33,12 +33,12 @@ def reading_aid(groups: Sequence[Group], smoothed_over: int | None) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """So many significant digits: "0.8125", "3.2e-05"."""
+    """Round to so many significant digits: "0.8125", "3.2e-05"."""
     return f"{value:.{digits}g}"
 
 
 def spread(found: Spread | None, digits: int = 4) -> str:
-    """ "mean [lowest, highest]", the value alone of one run, a dash of none."""
+    """Write "mean [lowest, highest]", the value alone of one run, a dash of none."""
     if found is None:
         return "-"
     if found.n == 1:
@@ -48,5 +48,5 @@ def spread(found: Spread | None, digits: int = 4) -> str:
 
 
 def seconds(found: Spread | None) -> str:
-    """The mean in hundredths of a second."""
+    """Return the mean in hundredths of a second."""
     return "-" if found is None else f"{found.mean:.2f}"
