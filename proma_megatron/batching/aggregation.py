@@ -32,6 +32,9 @@ def aggregate(
         sequences: of the whole minibatch, over all replicas.
         mode: "token_mean", "sequence_mean" or "sequence_sum".
         constant: of ``sequence_sum``, above 0.
+
+    Raises:
+        ValueError: ``mode`` is none of these.
     """
     counted = max(1, sum(sequence.loss_tokens > 0 for sequence in sequences))
     if mode == "token_mean":

@@ -93,7 +93,7 @@ class Saved:
 
 
 class Saver:
-    """Saves one checkpoint at a time. Every rank has one and makes the same calls in step.
+    """A writer of one checkpoint at a time. Every rank has one and makes the same calls in step.
 
     Args:
         folder: of the run's checkpoints.

@@ -77,7 +77,11 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Merge dotted overrides into ``tree``; values are parsed as YAML."""
+    """Merge dotted overrides into ``tree``; values are parsed as YAML.
+
+    Raises:
+        ConfigError: an override is not ``key=value``, or its value is no YAML.
+    """
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise ConfigError(

@@ -25,7 +25,7 @@ class PromptFormat:
     """From problems to prompts: the tokenizer's chat template, or plain text.
 
     Raises:
-        ConfigError: a chat template is asked for that the tokenizer does not have.
+        ConfigError: a system message is asked for, and prompts are plain.
     """
 
     def __init__(self, config: PromptConfig, tokenizer: Tokenizer) -> None:
@@ -40,7 +40,12 @@ class PromptFormat:
             )
 
     def prompt(self, problem: Problem) -> Prompt:
-        """Return the problem with the text and the tokens that the policy continues."""
+        """Return the problem with the text and the tokens that the policy continues.
+
+        Raises:
+            ConfigError: there is no chat template, it refuses the problem's messages, or plain
+                prompts can't hold them.
+        """
         text = self._text(problem)
         ids = self._tokenizer.encode(text)
         bos = self._tokenizer.bos_id
@@ -77,7 +82,11 @@ def drop_long(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
 
 
 class PromptSource:
-    """An endless stream of prompts: every epoch is a new seeded shuffle of all of them."""
+    """An endless stream of prompts: every epoch is a new seeded shuffle of all of them.
+
+    Raises:
+        ConfigError: there are no prompts.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:

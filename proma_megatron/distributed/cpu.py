@@ -47,7 +47,7 @@ class _CpuForCuda(TorchFunctionMode):
 
 
 class _Inert:
-    """Stands for streams and events: there is one queue of work on a CPU."""
+    """A stand-in for streams and events: there is one queue of work on a CPU."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -12,7 +12,10 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Estimate, without bias, the probability that one of k samples is correct.
 
     ``1 - C(samples - correct, k) / C(samples, k)`` for ``samples`` of one problem of which
-    ``correct`` are; k <= samples.
+    ``correct`` are.
+
+    Raises:
+        ValueError: k is not 1 to ``samples``.
 
     Source: M. Chen et al., "Evaluating Large Language Models Trained on Code", 2021, eq. 1.
     """

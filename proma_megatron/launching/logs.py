@@ -58,6 +58,9 @@ def read(connection: Connection, path: str, start: int) -> Iterator[bytes]:
     """Yield a file from byte ``start`` on, in pieces, as it is, whatever that means as text.
 
     To its end, not to the size that was listed: a network file system may have told an old one.
+
+    Raises:
+        UnreachableError: the cluster can't be asked, or its shell prints of itself.
     """
     while True:
         cut = f"tail -c +{start + 1} {shlex.quote(path)} | head -c {_PIECE}"

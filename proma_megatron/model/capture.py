@@ -35,7 +35,7 @@ class Operands(NamedTuple):
 
 
 class GradientSink(Protocol):
-    """Receives the factors of weight gradients during backward; T counts all packed tokens.
+    """A receiver of the factors of weight gradients in backward; T counts all packed tokens.
 
     Of layers that compute in FP8 it says what it wants, in forward and in backward.
     """

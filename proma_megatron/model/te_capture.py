@@ -46,7 +46,7 @@ from proma_megatron.model.fp8_operands import high_precision, round_trip
 
 
 class SinkStore:
-    """Stands in TE's ``wgrad_store``, and hands over instead of storing."""
+    """A stand-in for TE's ``wgrad_store``, which hands over instead of storing."""
 
     def __init__(self, layer: CapturedTELinear) -> None:
         self._layer = layer

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # both take seconds to import, and reading metrics needs neit
 
 
 class MetricsWriter:
-    """Appends the reports of a run, of one process only.
+    """The files to which one process appends the reports of a run.
 
     A run that goes on from a checkpoint rewinds the files to it first, so that each step is there
     once.

@@ -108,7 +108,7 @@ class Operator:
 
 
 class Profile:
-    """Times phases on this rank, and traces one step."""
+    """Times of the phases on this rank, and a trace of one step."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class Profile:
 
 
 class _Timers:
-    """Stands where Megatron's timers would; opens a phase for those that it knows."""
+    """A stand-in for Megatron's timers, which opens a phase for those that it knows."""
 
     def __init__(self, profile: Profile) -> None:
         self._timers = {theirs: _Timer(profile, ours) for theirs, ours in _MEGATRON_TIMERS.items()}

@@ -57,7 +57,7 @@ _KEPT = "validation/accuracy"
 
 
 class Display:
-    """Shows the steps of a run; a context manager that restores the terminal.
+    """The steps of a run on the terminal, which this context manager restores.
 
     On a terminal it is a bar with a table below. Elsewhere (CI, logs) every step is one plain line
     of fewer than 120 characters. Every metric is optional in any step.

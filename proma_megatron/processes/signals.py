@@ -1,4 +1,4 @@
-"""Pass a request to stop on from the launcher to its ranks, which save and leave by themselves.
+"""A request to stop, on its way from the launcher to its ranks, which save and leave.
 
 SIGTERM, SIGUSR1 and Ctrl-C all reach the ranks as SIGUSR1: torch elastic gives each rank a session
 of its own, so that a terminal's Ctrl-C reaches the launcher alone, and ends by SIGTERM.
@@ -19,7 +19,7 @@ _LOOK_SECONDS = 0.1  # how often to see whether a rank can be told
 
 
 class Forwarder:
-    """Within the ``with`` block signals to this process are passed on; a second Ctrl-C ends it.
+    """Handlers that pass signals on within the ``with`` block; a second Ctrl-C ends the process.
 
     Outside the main thread, where Python takes no handlers, nothing is.
     """

@@ -69,7 +69,7 @@ def _silent_cleanup() -> Iterator[None]:
 
 
 class StopSignals:
-    """Within the ``with`` block, signals are noted instead of ending this process.
+    """Signals that are noted, within the ``with`` block, instead of ending this process.
 
     SIGUSR1, and the first SIGINT; a second one ends the process at once. SIGTERM too, unless our
     launcher started this rank: it passes a SIGTERM of its own on as SIGUSR1, and torch elastic ends
@@ -121,7 +121,7 @@ def clock_started() -> float:
 
 
 class Stops:
-    """Whether the run should stop now, in one voice.
+    """The ranks' common answer to whether the run should stop now.
 
     The time limit is by rank 0's clock alone: the run stops before a step that, if it and a save
     took as long as the longest of their kind so far, would end too late. Within a step it stops

@@ -129,7 +129,7 @@ class Phases:
 
 
 class Watchdog:
-    """Within the ``with`` block, ends this process when one of its phases is late."""
+    """A thread that ends this process, within the ``with`` block, when a phase of it is late."""
 
     def __init__(self, logs: Path, phases: Phases, rank: int) -> None:
         """Begin with no peers.

@@ -38,7 +38,7 @@ from proma_megatron.training.position import Position
 
 
 class Keeper:
-    """Saves the run's position with its weights, and takes it up again. On every rank.
+    """The keeper of the run's position and weights, which takes them up again. On every rank.
 
     Args:
         lagged: the running mean of earlier weights, if the run keeps one.

@@ -21,7 +21,7 @@ from proma_megatron.types import RolloutGroup, StepReport, TrainingSequence
 
 
 class RLStep:
-    """Makes RL steps. Every rank has one.
+    """An RL step, made again and again. Every rank has one.
 
     What a stop, a failure or a crash interrupts is dropped and done again; a step whose weights are
     updated already only lacks its validation, and the run's position says so.

@@ -12,7 +12,7 @@ from proma_megatron.training.progress import Progress
 
 
 class Validation:
-    """Samples the policy on the validation split. Every rank has one."""
+    """Samples of the policy on the validation split. Every rank has one."""
 
     def __init__(
         self, context: StepContext, progress: Progress, policy: Policy, data: Data, scorer: Scorer

@@ -13,7 +13,7 @@ from proma_megatron.types import StepReport
 
 
 class WarmStart:
-    """Trains the policy on demonstrations. Every rank has one."""
+    """Training of the policy on demonstrations. Every rank has one."""
 
     def __init__(
         self,

@@ -45,6 +45,10 @@ def read_subject(source: Path, overrides: Sequence[str]) -> Subject:
 
     A Hugging Face directory is verified in float64 unless told otherwise. A layout of one process
     becomes two tensor ranks, unless the user asked for it.
+
+    Raises:
+        ConfigError: the source can't be read, the user asked for one process, or the model can't
+            be cut into the layout.
     """
     if source.is_dir():
         config = gradients_config(["model.dtype=float64", *overrides])
