@@ -8,7 +8,7 @@ from proma_megatron.advantages.moments import EPSILON, centered, deviation
 
 
 def group_relative(rewards: Sequence[float], normalize_std: bool) -> list[float]:
-    """Each reward minus the mean of its group, over the group's standard deviation if asked.
+    """Subtract the group's mean, and divide by the group's standard deviation if asked.
 
     GRPO (arXiv:2402.03300, section 4.1.2) divides; Dr. GRPO (arXiv:2503.20783) does not. The
     standard deviation is the population's.

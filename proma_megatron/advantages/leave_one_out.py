@@ -13,7 +13,7 @@ from proma_megatron.advantages.moments import EPSILON, centered, deviation
 
 
 def leave_one_out(rewards: Sequence[float], normalize_std: bool) -> list[float]:
-    """Each reward minus the mean of the others, over their standard deviation if asked.
+    """Subtract the mean of the others, and divide by their standard deviation if asked.
 
     Others that are all equal have no scale to divide by, and the difference stays as it is: over
     EPSILON alone, the one success of a group would be worth a million others. A single sample has

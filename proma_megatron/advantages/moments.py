@@ -8,7 +8,7 @@ EPSILON = 1e-6  # keeps rewards that are all equal at advantage 0
 
 
 def centered(rewards: Sequence[float]) -> list[float]:
-    """Each reward minus their mean; exactly 0 where all are equal."""
+    """Subtract the mean; exactly 0 where all are equal."""
     # Relative to the first, so that rounding of the mean can't tell equal rewards apart.
     shifted = [reward - rewards[0] for reward in rewards]
     mean = sum(shifted) / len(shifted)
@@ -16,5 +16,5 @@ def centered(rewards: Sequence[float]) -> list[float]:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Standard deviation, the population's, of centered values."""
+    """Return the standard deviation, the population's, of centered values."""
     return (sum(value * value for value in values) / len(values)) ** 0.5

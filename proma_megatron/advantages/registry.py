@@ -59,7 +59,7 @@ def advantages(
     config: AdvantageConfig,
     normalize_std: bool,
 ) -> list[list[float]]:
-    """One advantage a sample, by group. Equal rewards of a group are exactly 0 in all of them.
+    """Return one advantage a sample, by group; exactly 0 where a group's rewards are equal.
 
     Args:
         groups: of the whole batch, over all replicas: reinforce_plus_plus takes its scale there.
@@ -75,7 +75,7 @@ def advantages(
 
 
 def stratum(sample: ScoredRollout, key: str) -> Hashable:
-    """The stratum of a sample, by the key ``advantage.stratum``.
+    """Return the stratum of a sample, by the key ``advantage.stratum``.
 
     "finished" and "timed_out" are two strata each; "length" has one for each power of two of
     completion tokens: 1, 2 to 3, 4 to 7, ...

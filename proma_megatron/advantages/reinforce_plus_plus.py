@@ -19,7 +19,7 @@ from proma_megatron.advantages.moments import EPSILON, centered, deviation
 def reinforce_plus_plus(
     rewards: Sequence[Sequence[float]], normalize_std: bool
 ) -> list[list[float]]:
-    """Each reward minus its group's mean, over the deviation of these in the batch if asked.
+    """Subtract the group's mean, and divide by the deviation of these in the batch if asked.
 
     Args:
         rewards: of each group of the whole batch, over all replicas.

@@ -11,5 +11,5 @@ from proma_megatron.advantages.leave_one_out import leave_one_out
 
 
 def rloo(rewards: Sequence[float]) -> list[float]:
-    """Each reward minus the mean of the others of its group, never divided by a deviation."""
+    """Subtract the mean of the others of the group; never divide by a deviation."""
     return leave_one_out(rewards, normalize_std=False)

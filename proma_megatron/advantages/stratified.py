@@ -14,7 +14,7 @@ from proma_megatron.advantages.group import group_relative
 def stratified(
     rewards: Sequence[float], keys: Sequence[Hashable], blend: float, normalize_std: bool
 ) -> list[float]:
-    """``blend`` times the advantages within strata, and the rest those within the group.
+    """Return ``blend`` times the advantages within strata, plus the rest of those within the group.
 
     Both are group-relative: minus a mean, over the same samples' standard deviation if asked. A
     sample that is alone in its stratum has advantage 0 there.

@@ -105,13 +105,13 @@ class RunSections(Section):
 
 
 def loss_kind(config: RunSections) -> str:
-    """The policy loss of this run."""
+    """Return the policy loss of this run."""
     if config.loss.kind is not None:
         return config.loss.kind
     return "reinforce" if config.algorithm in ACCUMULATIONS else config.algorithm
 
 
 def normalizes_std(config: RunSections) -> bool:
-    """Whether advantages are divided by a standard deviation."""
+    """Tell whether advantages are divided by a standard deviation."""
     chosen = config.advantage.normalize_std
     return ESTIMATORS[config.advantage.estimator].normalizes if chosen is None else chosen

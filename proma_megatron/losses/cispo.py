@@ -13,5 +13,5 @@ from proma_megatron.losses.ratios import clip
 
 
 def token_weights(ratios: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
-    """w (T,) in ``-w A log pi``, without gradient."""
+    """Return w (T,) in ``-w A log pi``, without gradient."""
     return clip(ratios.detach(), low, high)

@@ -14,7 +14,7 @@ from proma_megatron.types import Microbatch
 def clipped_tokens(
     logprobs: torch.Tensor, microbatch: Microbatch, options: LossOptions
 ) -> torch.Tensor:
-    """(T,) bool: loss tokens that clipping acts on.
+    """Return (T,) bool: loss tokens that clipping acts on.
 
     Of a loss that clips by the advantage's sign, those whose ratio left the range on the side that
     their advantage pushes to, where PPO's have no gradient; of others, those whose weight is

@@ -10,7 +10,7 @@ import torch
 
 
 def entropy_loss(entropy: torch.Tensor, weights: torch.Tensor, coefficient: float) -> torch.Tensor:
-    """What the loss gains: ``-coefficient * sum_t w_t H_t``.
+    """Return what the loss gains: ``-coefficient * sum_t w_t H_t``.
 
     Args:
         entropy: (T,) of the distribution that each token was sampled from, differentiable.

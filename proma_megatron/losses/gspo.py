@@ -22,7 +22,7 @@ from proma_megatron.types import Sequences
 def sequence_ratios(
     logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, sequences: Sequences
 ) -> torch.Tensor:
-    """s (k,), without gradient; 1 for a sequence without loss tokens.
+    """Return s (k,), without gradient; 1 for a sequence without loss tokens.
 
     Args:
         logprobs: (T,) finite.
@@ -38,6 +38,6 @@ def sequence_ratios(
 def token_ratios(
     logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, sequences: Sequences
 ) -> torch.Tensor:
-    """``sg[s] pi_t / sg[pi_t]`` (T,), differentiable; arguments as in `sequence_ratios`."""
+    """Return ``sg[s] pi_t / sg[pi_t]`` (T,), differentiable; arguments as in `sequence_ratios`."""
     shared = sequences.per_token(sequence_ratios(logprobs, old, mask, sequences))
     return shared * torch.exp(logprobs - logprobs.detach())

@@ -22,7 +22,7 @@ import torch
 
 
 def estimate(estimator: str, sampled: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Estimates of KL(p, q), one a token (n,); differentiable in both arguments.
+    """Estimate KL(p, q), one value a token (n,); differentiable in both arguments.
 
     Args:
         estimator: "k1", "k2" or "k3".
@@ -42,7 +42,7 @@ def estimate(estimator: str, sampled: torch.Tensor, other: torch.Tensor) -> torc
 def penalty(
     estimator: str, policy: torch.Tensor, reference: torch.Tensor, kind: str
 ) -> torch.Tensor:
-    """Estimates of how far the policy is from its reference, one a token (n,).
+    """Estimate how far the policy is from its reference, one value a token (n,).
 
     Args:
         policy: log-probabilities (n,) under the policy, differentiable.
@@ -59,7 +59,7 @@ def penalty(
 
 
 def adapted(coefficient: float, divergence: float, target: float) -> float:
-    """The coefficient for the next step: halved or doubled where this step was off target.
+    """Return the next step's coefficient: halved or doubled where this step was off target.
 
     Source: PPO, arXiv:1707.06347, section 4.
     """

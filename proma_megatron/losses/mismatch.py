@@ -17,7 +17,7 @@ from collections.abc import Sequence
 def truncated_weights(
     trainer: Sequence[float], generator: Sequence[float], mode: str, cap: float
 ) -> tuple[float, ...]:
-    """A weight for each loss token of one sequence.
+    """Return a weight for each loss token of one sequence.
 
     Args:
         trainer: log-probabilities of the n loss tokens, by the trainer with the sampling weights.

@@ -36,7 +36,7 @@ SUPERVISED = LossOptions("supervised")  # cross-entropy of the masked tokens
 
 
 def loss_options(config: RunSections) -> LossOptions:
-    """The policy loss of this run, with everything that the configuration leaves open."""
+    """Return the policy loss of this run, with everything that the configuration leaves open."""
     loss, kind = config.loss, loss_kind(config)
     low, high = LOSSES[kind].clips or (None, None)
     split = config.batching.minibatches > 1
@@ -55,7 +55,7 @@ def loss_options(config: RunSections) -> LossOptions:
 
 
 def aggregation(config: RunSections) -> tuple[str, float]:
-    """How token losses become one number, and the constant of ``sequence_sum``."""
+    """Return how token losses become one number, and the constant of ``sequence_sum``."""
     chosen = config.loss.aggregation or LOSSES[loss_kind(config)].aggregation
     constant = config.loss.aggregation_constant or float(config.rollout.max_new_tokens)
     return chosen, constant

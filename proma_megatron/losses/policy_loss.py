@@ -16,14 +16,14 @@ from proma_megatron.types import Microbatch
 
 
 def token_advantages(microbatch: Microbatch) -> torch.Tensor:
-    """(T,) float64 advantage of each token's sequence, 0 on padding."""
+    """Return (T,) float64 the advantage of each token's sequence, 0 on padding."""
     return microbatch.sequences.per_token(microbatch.advantages)
 
 
 def policy_loss(
     logprobs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch, options: LossOptions
 ) -> torch.Tensor:
-    """The scalar that backward starts from; divided by the global N already.
+    """Return the scalar that backward starts from; divided by the global N already.
 
     Args:
         logprobs: (T,) of the labels under the current policy, differentiable.
@@ -54,7 +54,7 @@ def policy_loss(
     counted = microbatch.loss_mask > 0
 
     def of_counted(values: torch.Tensor) -> torch.Tensor:
-        """0 where nothing counts: whatever stands there must reach neither sum nor gradient."""
+        """Put 0 where nothing counts: what stands there must reach neither sum nor gradient."""
         return torch.where(counted, values, 0.0).to(logprobs.dtype)
 
     weights = (microbatch.loss_mask * microbatch.weights).to(logprobs.dtype)
@@ -82,7 +82,7 @@ def policy_loss(
 
 
 def _check_unit(function: Likelihood | Surrogate, options: LossOptions) -> None:
-    """Whether advantages times the gradients of sequences can be this loss's gradient."""
+    """Check that advantages times the gradients of sequences can be this loss's gradient."""
     clips = {
         "clip_low": options.clip_low,
         "clip_high": options.clip_high,
@@ -105,14 +105,14 @@ def _check_unit(function: Likelihood | Surrogate, options: LossOptions) -> None:
 def _likelihood_weights(
     function: Likelihood | Surrogate, ratios: torch.Tensor, options: LossOptions
 ) -> torch.Tensor:
-    """u (T,): what log-probabilities are weighted with, whatever the advantage."""
+    """Return u (T,): what log-probabilities are weighted with, whatever the advantage."""
     if isinstance(function, Likelihood):
         return function.weights(ratios, options)
     return ratios.detach()  # the gradient of r A is r A times that of log pi
 
 
 def _reference(microbatch: Microbatch, options: LossOptions) -> torch.Tensor:
-    """Log-probabilities (T,) that the KL penalty compares with."""
+    """Return log-probabilities (T,) that the KL penalty compares with."""
     if options.kl_reference != "initial":
         return microbatch.old_logprobs
     if microbatch.reference_logprobs is not None:

@@ -18,7 +18,7 @@ def clipped_surrogate(
     high: float | None,
     dual: float | None,
 ) -> torch.Tensor:
-    """What is maximized, for each token (T,): ``min(r A, clip(r, 1 - low, 1 + high) A)``.
+    """Return what is maximized, for each token (T,): ``min(r A, clip(r, 1 - low, 1 + high) A)``.
 
     A token has no gradient any more once its ratio went too far where its advantage pulls it.
     Against that pull the minimum has no bound: a token with A < 0 and a large ratio may dominate

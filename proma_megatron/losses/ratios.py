@@ -6,12 +6,12 @@ import torch
 
 
 def token_ratios(logprobs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """``pi / pi_old`` of each token (T,), differentiable in ``logprobs``."""
+    """Return ``pi / pi_old`` of each token (T,), differentiable in ``logprobs``."""
     return torch.exp(logprobs - old)
 
 
 def clip(ratios: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
-    """Ratios (T,) kept within [1 - low, 1 + high]; None leaves that side open."""
+    """Keep ratios (T,) within [1 - low, 1 + high]; None leaves that side open."""
     if low is not None:
         ratios = ratios.clamp(min=1 - low)
     if high is not None:

@@ -11,5 +11,5 @@ import torch
 
 
 def token_weights(ratios: torch.Tensor, importance: bool) -> torch.Tensor:
-    """u (T,), without gradient: the unclipped ratio with importance, else 1."""
+    """Return u (T,), without gradient: the unclipped ratio with importance, else 1."""
     return ratios.detach() if importance else torch.ones_like(ratios)

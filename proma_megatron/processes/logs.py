@@ -39,7 +39,8 @@ class _Lines(logging.Formatter):
     """Records as they are; those of DEBUG with time, rank and module before them."""
 
     def __init__(self, *, whole: bool = False) -> None:
-        """
+        """Take note of the style.
+
         Args:
             whole: every record has the same before it.
         """

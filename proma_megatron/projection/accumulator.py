@@ -125,7 +125,7 @@ class Accumulator:
     def of(
         cls, policy: Policy, config: ProjectionConfig, *, rates: Rates | None = None
     ) -> Accumulator:
-        """Of a policy, with what its layers and its device ask for."""
+        """Make the accumulator of a policy, with what its layers and its device ask for."""
         device, dtype = policy.topology.device, policy.config.params_dtype
         gradients = policy.shards[0].parameter.main_grad.dtype  # type: ignore[attr-defined]
         return cls(
@@ -161,7 +161,7 @@ class Accumulator:
         return self.gate is not None and self.gate.wants(self.groups.microbatch)
 
     def compare(self, weight: torch.Tensor, high: Operands, low: Operands) -> None:
-        """Both operands of a weight, before its capture changes what has been accumulated."""
+        """Compare both operands of a weight, before its capture changes what is accumulated."""
         assert self.gate is not None
         self.groups.enter(self.shards[id(weight)])  # which frees the workspace
         accumulated: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ class Accumulator:
             self.tied.forget()
 
     def begin_backward(self, chunk: int, microbatch: Microbatch) -> None:
-        """The backward pass of ``microbatch`` starts on this model chunk, within autograd."""
+        """Take note that a microbatch's backward starts on this model chunk, within autograd."""
         self.groups.begin_backward(chunk, microbatch)
         # So that the last group waits for no other microbatch, whose activations come first. This
         # runs in the chunk's own backward, outside of those that recompute starts in its layers.
@@ -302,7 +302,7 @@ class Accumulator:
         return factors.materialize(accumulates=self.solver.accumulates)
 
     def _asks_for_gradients(self, shard: ParameterShard) -> bool:
-        """Whether this microbatch's sequence gradients of a weight are needed one by one."""
+        """Tell whether this microbatch's sequence gradients of a weight are needed one by one."""
         key = id(shard.parameter)
         projected = any(unit.projected for unit in self.units[key])
         return projected and self.solver.asks_for_gradients(first=key not in self._begun)
@@ -323,7 +323,7 @@ class Accumulator:
         return self.tied is not None and self.tied.shard is shard
 
     def _hold_tied_head(self, microbatch: Microbatch, x: torch.Tensor, dy: torch.Tensor) -> None:
-        """The head's part of the tied tensor waits for the embedding's."""
+        """Keep the head's part of the tied tensor, which waits for the embedding's."""
         assert self.tied is not None
         if self.tied.ends is not None:
             self._drain_tied(microbatch.index - self.tied.ends.lag)

@@ -69,7 +69,7 @@ class UnitSums:
         return self.square / self.sequences / mean_square - 1
 
     def figures(self) -> dict[str, float]:
-        """Fractions and means; empty where nothing was projected (a single microbatch)."""
+        """Return fractions and means; empty where nothing was projected (a single microbatch)."""
         if not self.solved:
             return {}
         found = {
@@ -102,7 +102,7 @@ class _Batch:
 
     @classmethod
     def joined(cls, batches: Sequence[_Batch]) -> _Batch:
-        """Of the same microbatch."""
+        """Join the units of two groups of the same microbatch."""
         names = tuple(name for batch in batches for name in batch.names)
         outcomes = [batch.outcome for batch in batches]
         outcome = Outcome(
@@ -136,7 +136,7 @@ class Tally:
         self._finite.append((microbatch, finite))
 
     def not_finite(self) -> list[int]:
-        """Microbatches in which a unit of this rank was left alone; one transfer where none is."""
+        """Return microbatches that left a unit of this rank alone; one transfer where none did."""
         if not self._finite or bool(torch.cat([finite for _, finite in self._finite]).all()):
             return []
         return sorted({m for m, finite in self._finite if not bool(finite.all())})
@@ -227,7 +227,7 @@ class Tally:
         before[:, -1] = worst
 
     def units(self) -> dict[str, UnitSums]:
-        """The sums of each unit that was projected, by its name; one transfer per group."""
+        """Return the sums of each unit that was projected, by its name; one transfer per group."""
         self.settle()
         found: dict[str, UnitSums] = {}
         for names, rows in self._sums.items():
@@ -240,7 +240,7 @@ Units = Mapping[str, UnitSums]
 
 
 def merge(parts: Iterable[Units]) -> dict[str, UnitSums]:
-    """Units of several stages, replicas or minibatches."""
+    """Add up units of several stages, replicas or minibatches."""
     found: dict[str, UnitSums] = {}
     for part in parts:
         for name, sums in part.items():
@@ -249,18 +249,18 @@ def merge(parts: Iterable[Units]) -> dict[str, UnitSums]:
 
 
 def gather(mine: Units, topology: Topology) -> dict[str, UnitSums]:
-    """Units of all stages and replicas, on every rank; tensor ranks all hold the same."""
+    """Gather units of all stages and replicas, on every rank; tensor ranks all hold the same."""
     stages = topology.gather_over_stages(mine)
     return merge(part for stage in stages for part in topology.gather_over_data(stage))
 
 
 def total(units: Units) -> UnitSums:
-    """The sums over all units, as if the model were one."""
+    """Add up the sums of all units, as if the model were one."""
     return sum(units.values(), start=UnitSums())
 
 
 def metrics(units: Units) -> dict[str, float]:
-    """For a training step: over everything, per parameter kind, and per layer.
+    """Return a training step's metrics: over everything, per parameter kind, and per layer.
 
     Keys are ``projection/<figure>``, ``projection/kind/<kind>/<figure>`` and
     ``projection/layer/<number>/<figure>``.
@@ -277,12 +277,12 @@ def metrics(units: Units) -> dict[str, float]:
 
 
 def by_kind(units: Units) -> dict[str, UnitSums]:
-    """Summed over layers: all ``self_attn.q_proj.weight`` together, and so on."""
+    """Sum over layers: all ``self_attn.q_proj.weight`` together, and so on."""
     return _grouped(units, kind_of)
 
 
 def by_layer(units: Units) -> dict[int, UnitSums]:
-    """Summed over the units of each layer; embedding, final norm and head belong to none."""
+    """Sum over the units of each layer; embedding, final norm and head belong to none."""
     return _grouped({name: s for name, s in units.items() if layer_of(name) is not None}, layer_of)
 
 

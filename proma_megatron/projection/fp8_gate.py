@@ -81,7 +81,7 @@ class Figures:
 
     @classmethod
     def of(cls, differences: Sequence[Difference]) -> Figures | None:
-        """None for none. One that is not finite makes the figures NaN, and is named as the worst.
+        """Sum them up; None for none. One that is not finite makes the figures NaN, and is worst.
 
         Each replica has looked at a microbatch of its own: a unit counts once for each of them.
         """
@@ -106,7 +106,7 @@ class Figures:
         )
 
     def metrics(self) -> dict[str, float]:
-        """For a training step; without beta's where there are none."""
+        """Return those of a training step; without beta's where there are none."""
         found = {
             "fp8/beta_error": self.beta_error,
             "fp8/beta_error_max": self.beta_error_max,
@@ -118,7 +118,7 @@ class Figures:
 
 
 def warning(figures: Figures, config: ProjectionConfig) -> str | None:
-    """One sentence where a figure is beyond its threshold; None where all is well.
+    """Write one sentence where a figure is beyond its threshold; None where all is well.
 
     With ``fp8_operands: bfloat16`` it says what FP8 operands would do, and to keep it so.
     """
@@ -158,12 +158,12 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _badness(value: float) -> tuple[bool, float]:
-    """To compare by: nothing is worse than NaN."""
+    """Return what to compare by: nothing is worse than NaN."""
     return math.isnan(value), 0.0 if math.isnan(value) else value
 
 
 def _cosine(product: float, square: float, other: float) -> float:
-    """1 between nothing and nothing, 0 between something and nothing."""
+    """Return 1 between nothing and nothing, 0 between something and nothing."""
     if square == 0 or other == 0:
         return float(square == other)
     return product / (math.sqrt(square) * math.sqrt(other))
@@ -194,7 +194,7 @@ class ValidityGate:
         self._seen: dict[str, tuple[Unit, torch.Tensor]] = {}  # with M (2k + 1, 2k + 1) float64
 
     def due(self, step: int) -> bool:
-        """Whether to look in this step: the first that is asked for, and every N steps."""
+        """Tell whether to look in this step: the first that is asked for, and every N steps."""
         if self._first_step is None:
             self._first_step = step
         every = self.config.fp8_gate_every
@@ -212,7 +212,7 @@ class ValidityGate:
         self._seen = {}
 
     def wants(self, microbatch: Microbatch) -> bool:
-        """Whether `look` is to be called for the linear weights of this microbatch."""
+        """Tell whether `look` is to be called for the linear weights of this microbatch."""
         return self.armed and microbatch.index == self._wanted
 
     @torch.no_grad()
@@ -246,7 +246,7 @@ class ValidityGate:
             self._seen[unit.name] = (unit, products)
 
     def figures(self, topology: Topology) -> Figures | None:
-        """What was seen since `arm`, the same on all ranks, which call this together; disarms.
+        """Return what was seen since `arm`, the same on all ranks; disarm. A collective.
 
         None: no rank has seen anything.
         """
@@ -276,7 +276,7 @@ class ValidityGate:
         ]
 
     def _compare(self, products: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        """From M (U, 2k + 1, 2k + 1), (U, 6): whether b is not 0, and a `Difference`'s figures."""
+        """Return whether b is not 0, and a `Difference`'s figures (U, 6); M (U, 2k + 1, 2k + 1)."""
         units, k = len(products), len(advantages)
         gram, cross, own = products[:, :k, :k], products[:, :k, k:-1], products[:, k:-1, k:-1]
         overlap, change = products[:, :k, -1], products[:, k:-1, -1]
@@ -310,7 +310,7 @@ class ValidityGate:
     def _taken(
         self, gram: torch.Tensor, overlap: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the rule takes off the advantages (U, k), and whether that is finite (U,)."""
+        """Return what the rule takes off the advantages (U, k), and whether that is finite (U,)."""
         config, rule = self.config, self.config.rule
         if rule == "subspace":  # works on X and dY; no K
             return torch.zeros_like(overlap), torch.ones_like(overlap[:, 0], dtype=torch.bool)
@@ -331,7 +331,7 @@ class ValidityGate:
 
 
 def _form(products: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left^T M right (U,), of vectors (U, 2k + 1)."""
+    """Return left^T M right (U,), of vectors (U, 2k + 1)."""
     return (left[:, None, :] @ products @ right[..., None])[:, 0, 0]
 
 
@@ -340,7 +340,7 @@ def _square(products: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 
 def _ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """0 of nothing is 0."""
+    """Divide, where 0 of nothing is 0."""
     return torch.where(part == 0, 0.0, part / whole)
 
 
@@ -355,7 +355,7 @@ def _products(
     sequences: Sequences,
     workspace: Workspace,
 ) -> list[torch.Tensor]:
-    """M (2k + 1, 2k + 1) of each unit, float64, of this rank's entries."""
+    """Return M (2k + 1, 2k + 1) of each unit, float64, of this rank's entries."""
     k, (rows, width) = sequences.count, accumulated.shape
     slices = 2 * k + 1
     chunk = chunk_rows(units, rows, width)
@@ -380,7 +380,7 @@ def _products(
 
 
 def _fill(out: torch.Tensor, operands: Pair, low: int, high: int, sequences: Sequences) -> None:
-    """Rows ``low`` to ``high`` of G (k, out, in); a sequence at a time is widened to its dtype."""
+    """Fill in rows ``low`` to ``high`` of G (k, out, in), widened to its dtype one by one."""
     x, dy = operands
     for gradient, (start, stop) in zip(out, pairwise(sequences.offsets), strict=True):
         columns = dy[start:stop, low:high].to(out.dtype)

@@ -13,7 +13,7 @@ import torch
 
 
 def asynchronous(device: torch.device) -> bool:
-    """Whether reading a value from this device makes the host wait."""
+    """Tell whether reading a value from this device makes the host wait."""
     return device.type != "cpu"
 
 
@@ -24,7 +24,7 @@ def add_rows(
     chosen: torch.Tensor,
     factors: torch.Tensor | None = None,
 ) -> None:
-    """``out[places[t]] += factors[t] values[t]`` for the chosen tokens.
+    """Add ``factors[t] values[t]`` to ``out[places[t]]`` for the chosen tokens.
 
     Args:
         out: (n, h).
@@ -47,7 +47,7 @@ def add_rows(
 
 
 def distinct(rows: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that chosen tokens name, and which of them each one does.
+    """Return the rows that chosen tokens name, and which of them each one does.
 
     Args:
         rows: (T,) int64.

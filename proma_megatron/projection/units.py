@@ -36,7 +36,7 @@ def units_of(
     unit: Literal["huggingface", "megatron"],
     parameters: Literal["all", "linear"],
 ) -> tuple[Unit, ...]:
-    """The units of one parameter.
+    """Return the units of one parameter.
 
     Args:
         unit: "huggingface" gives q, k, v, gate and up units of their own; "megatron" takes a fused
@@ -86,11 +86,11 @@ _LAYER = re.compile(r"^(?:model|decoder)\.(?:layers\.(\d+)\.)?")
 
 
 def kind_of(name: str) -> str:
-    """What a unit or tensor is, without its layer: ``self_attn.q_proj.weight``."""
+    """Return what a unit or tensor is, without its layer: ``self_attn.q_proj.weight``."""
     return _LAYER.sub("", name)
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a unit or tensor; None for embedding, final norm and head."""
+    """Return the layer of a unit or tensor; None for embedding, final norm and head."""
     match = _LAYER.match(name)
     return int(match[1]) if match and match[1] else None

@@ -6,7 +6,7 @@ from proma_megatron.data.answers import final_answer, parse_number
 
 
 def gsm8k(prompt: str, completion: str, reference: str) -> float:
-    """1.0 if the number after the completion's last "####" equals the reference, else 0.0.
+    """Return 1.0 if the number after the completion's last "####" equals the reference, else 0.0.
 
     Numbers are compared as numbers, so 1,000 equals $1000.00.
 

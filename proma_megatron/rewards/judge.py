@@ -30,7 +30,7 @@ class Judge:
     in_form: Callable[[str], bool]
 
     def __call__(self, prompt: str, completion: str, reference: str) -> Verdict:
-        """Never raises: an exception of a user's may not survive the way between processes."""
+        """Judge, and never raise: an exception of a user's may not survive between processes."""
         try:
             value = self.reward(prompt, completion, reference)
             number = float(value) if isinstance(value, Real) else math.nan
@@ -42,7 +42,7 @@ class Judge:
 
 
 def load_judge(function: str, pattern: str | None) -> Judge:
-    """The judge of ``reward.function`` and ``reward.format_pattern``.
+    """Load the judge of ``reward.function`` and ``reward.format_pattern``.
 
     A completion is in the form that a pattern describes if it matches anywhere in it; "." stands
     for line breaks, too, since reasoning has several lines. Without a pattern the form is the
@@ -61,7 +61,7 @@ def load_judge(function: str, pattern: str | None) -> Judge:
 
 
 def overlong_penalty(length: int, finished: bool, config: RewardConfig, limit: int) -> float:
-    """What a completion of ``length`` tokens loses, ``limit`` being the most it may have.
+    """Return what a completion of ``length`` tokens loses, ``limit`` being the most it may have.
 
     It grows linearly over the last ``overlong_buffer`` tokens before the limit (DAPO, arXiv
     2503.14476, eq. 13, with the penalty as a factor), or is all or nothing without a buffer. A

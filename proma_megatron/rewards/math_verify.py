@@ -9,7 +9,7 @@ from typing import Any
 
 
 def math_answer(prompt: str, completion: str, reference: str) -> float:
-    """1.0 if math-verify finds the completion's answer equal to the reference, else 0.0.
+    """Return 1.0 if math-verify finds the completion's answer equal to the reference, else 0.0.
 
     The answer is what stands in the last complete "\\boxed{...}"; without one, what math-verify
     takes for the answer in the text. The reference is LaTeX, with or without a box or dollars, or
@@ -30,12 +30,12 @@ def math_answer(prompt: str, completion: str, reference: str) -> float:
 
 
 def holds_answer(reference: str) -> bool:
-    """Whether math-verify finds an answer in a reference; parsing is all that it does here."""
+    """Tell whether math-verify finds an answer in a reference; parsing is all that it does here."""
     return bool(_parsed(_stated_reference(reference)))
 
 
 def last_box(text: str) -> str | None:
-    """What stands in the last "\\boxed{...}" of the text that is closed, or None.
+    """Return what stands in the last "\boxed{...}" of the text that is closed, or None.
 
     One pass over the text, whatever its braces. Of a box within a box it is the outer one.
     """
@@ -52,14 +52,14 @@ def last_box(text: str) -> str | None:
 
 
 def _answer(completion: str) -> list[Any]:
-    """The completion's answer as math-verify has it: no element, or its value and its text."""
+    """Return the answer as math-verify has it: no element, or its value and its text."""
     # math-verify itself would make one set of all boxes, and a model that corrects itself be wrong.
     box = last_box(completion)
     return _parsed(completion if box is None else f"${box}$")
 
 
 def _stated_reference(reference: str) -> str:
-    """The reference as LaTeX that math-verify finds: of bare LaTeX it sees at most the numbers."""
+    """Return the reference as LaTeX that math-verify finds: of bare LaTeX it sees only numbers."""
     box = last_box(reference)
     if box is not None:
         return f"${box}$"

@@ -51,7 +51,8 @@ class Scorer:
     """
 
     def __init__(self, config: RewardConfig, max_new_tokens: int) -> None:
-        """
+        """Begin without processes.
+
         Args:
             max_new_tokens: the length limit of completions, where the overlong penalty is full.
         """
@@ -62,7 +63,7 @@ class Scorer:
         self._pool: ProcessPool | None = None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """Each rollout with its reward, in the same order.
+        """Score each rollout, in the same order.
 
         A reward is the score, and the format bonus if the completion is in the form asked for, less
         the overlong penalty. A sample that runs out of time has score 0 and no bonus. Samples that
@@ -117,7 +118,7 @@ class Scorer:
         self.close()
 
     def _added(self, rollout: Rollout, verdict: Verdict | None) -> float:
-        """Bonus less penalty."""
+        """Return bonus less penalty."""
         bonus = self._config.format_bonus if verdict is not None and verdict.in_form else 0.0
         length = len(rollout.tokens)
         return bonus - overlong_penalty(length, rollout.finished, self._config, self._limit)
@@ -127,7 +128,7 @@ class Scorer:
         return [judge(*_texts(rollout)) for rollout in rollouts]
 
     def _judge_in_pool(self, rollouts: Sequence[Rollout]) -> list[Verdict | None]:
-        """The verdict on each rollout, None where it did not come in time."""
+        """Return the verdict on each rollout, None where it did not come in time."""
         if not rollouts:
             return []
         config = self._config
@@ -179,7 +180,7 @@ class Scorer:
 
 
 def _verdict(pool: ProcessPool, future: ProcessFuture[Verdict], rollout: Rollout) -> Verdict | None:
-    """What the process said, or None if the sample's limit ran out."""
+    """Return what the process said, or None if the sample's limit ran out."""
     try:
         return _result(pool, future)
     except TimeoutError:
@@ -193,7 +194,7 @@ def _verdict(pool: ProcessPool, future: ProcessFuture[Verdict], rollout: Rollout
 
 
 def _result[T](pool: ProcessPool, future: ProcessFuture[T]) -> T:
-    """Waits for a result, but not for one of a pool that has broken.
+    """Wait for a result, but not for one of a pool that has broken.
 
     Raises:
         RuntimeError: the pool has broken.
@@ -221,7 +222,7 @@ def _exit(code: int) -> str:
 
 
 def _enter(function: str, pattern: str | None) -> None:
-    """What a process does before it takes samples; no limit applies to it."""
+    """Prepare a process before it takes samples; no limit applies to this."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the trainer, which ends this process
     write_stacks_when_asked()
     _end_with_parent()
@@ -249,7 +250,7 @@ _loaded: Callable[[str, str | None], Judge] = functools.cache(load_judge)
 
 
 def _load(function: str, pattern: str | None) -> str:
-    """Loads the reward function, once a process; says what kept it from that, "" if nothing."""
+    """Load the reward function, once a process; say what kept it from that, "" if nothing."""
     try:
         _loaded(function, pattern)
     except ConfigError as error:

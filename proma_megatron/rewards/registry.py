@@ -58,7 +58,7 @@ BUILT_IN = {
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """The reward function of "gsm8k", "math" or "package.module:function".
+    """Load the reward function of "gsm8k", "math" or "package.module:function".
 
     Raises:
         ConfigError: the module can't be imported, or has no such function.
@@ -88,7 +88,7 @@ def load_reward(spec: str) -> RewardFunction:
 
 
 def check_reward(config: RewardConfig, max_new_tokens: int) -> None:
-    """Whether rollouts of this length can be scored like this, before any work starts.
+    """Check that rollouts of this length can be scored like this, before any work starts.
 
     Raises:
         ConfigError: the function can't be loaded, a bonus is for a form that nothing describes, or
@@ -109,7 +109,7 @@ def check_reward(config: RewardConfig, max_new_tokens: int) -> None:
 
 
 def check_reference(function: str, reference: str) -> str | None:
-    """What the reward function can't take about a reference, to end a sentence; None if nothing.
+    """Say what the reward function can't take about a reference, to end a sentence; None if it can.
 
     Of a user's function nothing is known, so it takes any.
     """

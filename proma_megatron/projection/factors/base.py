@@ -26,9 +26,9 @@ class Factors(Protocol):
     def products(
         self, units: Sequence[Rows], accumulated: torch.Tensor | None = None
     ) -> list[Products]:
-        """Of every unit, of this rank's entries; without ``accumulated`` K alone."""
+        """Return those of every unit, of this rank's entries; without ``accumulated`` K alone."""
         ...
 
     def update(self, parts: Sequence[Part], accumulated: torch.Tensor) -> None:
-        """``accumulated[rows] += sum_s coefficients_s G_s[rows]`` for every part."""
+        """Add ``sum_s coefficients_s G_s[rows]`` to ``accumulated[rows]`` for every part."""
         ...

@@ -30,7 +30,7 @@ class Products:
 
 
 def chunk_rows(units: Sequence[Rows], rows: int, width: int) -> int:
-    """How many rows of ``width`` entries a chunk has, so that no unit and no matrix cuts it.
+    """Return how many rows of ``width`` a chunk has, so that no unit and no matrix cuts it.
 
     Args:
         rows: of the whole matrix.
@@ -41,12 +41,12 @@ def chunk_rows(units: Sequence[Rows], rows: int, width: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _divisor(number: int, most: int) -> int:
-    """The largest one that is at most ``most``."""
+    """Return the largest divisor that is at most ``most``."""
     return next(found for found in range(min(number, most), 0, -1) if number % found == 0)
 
 
 def contract(stack: torch.Tensor, count: int, chunk: int) -> torch.Tensor:
-    """Inner products of all slices of ``stack`` (p, rows, width) with the first ``count``.
+    """Return inner products of all slices of ``stack`` (p, rows, width) with the first ``count``.
 
     Args:
         chunk: rows a chunk, a divisor of ``rows``.
@@ -60,13 +60,13 @@ def contract(stack: torch.Tensor, count: int, chunk: int) -> torch.Tensor:
 
 
 def dots(left: torch.Tensor, right: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Inner products (rows / chunk,) of the chunks of two matrices (rows, width)."""
+    """Return inner products (rows / chunk,) of the chunks of two matrices (rows, width)."""
     shape = (left.shape[0] // chunk, 1, chunk * left.shape[1])
     return torch.bmm(left.view(shape), right.view(shape).mT)[:, 0, 0]
 
 
 def by_unit(values: torch.Tensor, units: Sequence[Rows], chunk: int) -> list[torch.Tensor]:
-    """Sums (...) in float64 of the chunks' values (rows / chunk, ...) that each unit has."""
+    """Sum the chunks' values (rows / chunk, ...) that each unit has, (...) in float64."""
     found = []
     for unit in units:
         if len(unit) == 1:
@@ -80,7 +80,7 @@ def by_unit(values: torch.Tensor, units: Sequence[Rows], chunk: int) -> list[tor
 
 @lru_cache(maxsize=64)
 def _chunks(unit: Rows, chunk: int, device: torch.device) -> torch.Tensor:
-    """Numbers of the chunks that a unit of several runs has."""
+    """Return the numbers of the chunks that a unit of several runs has."""
     # On the device from the beginning: the host waits for copies of its lists.
     runs = [torch.arange(start // chunk, stop // chunk, device=device) for start, stop in unit]
     return torch.cat(runs or [torch.arange(0, device=device)])
@@ -89,7 +89,7 @@ def _chunks(unit: Rows, chunk: int, device: torch.device) -> torch.Tensor:
 def _products(
     found: torch.Tensor, units: Sequence[Rows], accumulated: torch.Tensor | None, chunk: int
 ) -> list[Products]:
-    """Of each unit, from its chunks' products (n, k, k), or (n, k + 1, k) with c as last row."""
+    """Return those of each unit from its chunks' (n, k, k), or (n, k + 1, k) with c as last row."""
     k = found.shape[2]
     whole = by_unit(found, units, chunk)
     if accumulated is None:

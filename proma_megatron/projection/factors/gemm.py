@@ -28,21 +28,21 @@ class Gemm(Protocol):
     """Products of X (T, in) and dY (T, out), or of columns of it."""
 
     def takes(self, operands: torch.dtype, gradients: torch.dtype) -> bool:
-        """Whether X and dY may have this dtype where ``main_grad`` has that one."""
+        """Tell whether X and dY may have this dtype where ``main_grad`` has that one."""
         ...
 
     def operand(self, values: torch.Tensor, gradients: torch.dtype) -> torch.Tensor:
-        """X or dY as the products want them; done once for all of them."""
+        """Return X or dY as the products want them; done once for all of them."""
         ...
 
     def sequence_gradients(
         self, dy: torch.Tensor, x: torch.Tensor, sequences: Sequences, out: torch.Tensor
     ) -> None:
-        """``out[s] = dY_s^T X_s``; out (k, rows, in), dy (T, rows)."""
+        """Set ``out[s] = dY_s^T X_s``; out (k, rows, in), dy (T, rows)."""
         ...
 
     def accumulate(self, dy: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
-        """``out += dY^T X``; out (rows, in) adjacent rows of ``main_grad``, dy (T, rows)."""
+        """Add dY^T X to out (rows, in), adjacent rows of ``main_grad``; dy (T, rows)."""
         ...
 
 
@@ -52,7 +52,7 @@ def choose_gemm(
     operands: torch.dtype,
     gradients: torch.dtype,
 ) -> Gemm:
-    """The products of a run.
+    """Return the products of a run.
 
     Args:
         backend: whose layers the policy is built of.
@@ -93,7 +93,7 @@ class TorchGemm:
 def _batched(
     dy: torch.Tensor, x: torch.Tensor, sequences: Sequences
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """dY (k, L, rows) and X (k, L, in), where one batched GEMM beats one a sequence.
+    """Return dY (k, L, rows) and X (k, L, in), where one batched GEMM beats one a sequence.
 
     Short sequences are padded with zeros to the longest, unless that is much longer.
     """
@@ -192,7 +192,7 @@ class ApexGemm(_Mixed):
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = left right`` in float32, of half-precision factors."""
+    """Set ``out = left right`` in float32, of half-precision factors."""
     if _adds_up_in_float32(left.device):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
@@ -200,5 +200,5 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
 
 
 def _adds_up_in_float32(device: torch.device) -> bool:
-    """Whether `torch.mm` has an ``out_dtype`` of float32 for such factors: by its documentation."""
+    """Tell whether `torch.mm` has a float32 ``out_dtype`` for these, by its documentation."""
     return device.type == "cuda"

@@ -58,7 +58,8 @@ class LinearFactors:
         lookup: Lookup | None = None,
         gemm: Gemm | None = None,
     ) -> None:
-        """
+        """Keep what a layer captured.
+
         Args:
             x, dy: (T, in) and (T, out).
             dtype: of ``main_grad``.
@@ -84,7 +85,7 @@ class LinearFactors:
         return self.x.nbytes + self.dy.nbytes + lookup
 
     def materialize(self, *, accumulates: bool) -> SequenceGradients:
-        """G as it is, in the workspace.
+        """Form G as it is, in the workspace.
 
         Args:
             accumulates: products will be with an accumulated gradient, too.
@@ -126,7 +127,7 @@ class LinearFactors:
     def accumulate(
         self, rows: Rows, accumulated: torch.Tensor, coefficients: torch.Tensor
     ) -> torch.Tensor:
-        """As `update`, without a lookup; |what was added|^2 (), float64, of this rank's entries."""
+        """Update without a lookup; return |what was added|^2 () of this rank, float64."""
         assert self.lookup is None
         per_token = self.sequences.per_token(coefficients).to(self.dtype)
         energy = self.x.new_zeros((), dtype=torch.float64)
@@ -146,14 +147,14 @@ class LinearFactors:
     # ------------------------------------------------------------------ pieces
 
     def _form(self, start: int, stop: int, out: torch.Tensor) -> None:
-        """G of these output rows into ``out`` (k or more, stop - start, in)."""
+        """Form G of these output rows in ``out`` (k or more, stop - start, in)."""
         k = self.sequences.count
         self.gemm.sequence_gradients(self.dy[:, start:stop], self.x, self.sequences, out[:k])
         if self.lookup is not None:
             self.lookup.add_to(out[:k], start, stop, self.sequences)
 
     def _add(self, stretch: Sequence[_Segment], accumulated: torch.Tensor) -> None:
-        """The ordinary weight-gradient GEMM over adjacent rows, of tokens that have been scaled."""
+        """Do the ordinary weight-gradient GEMM over adjacent rows, with scaled tokens."""
         tokens, width = self.x.shape
         low, high = stretch[0].start, stretch[-1].stop
         token_bytes = tokens * self.x.element_size()
@@ -185,7 +186,7 @@ class _Segment:
 
 
 def _stretches(segments: Sequence[_Segment]) -> list[list[_Segment]]:
-    """Segments in the order of their rows, those that touch together."""
+    """Return segments in the order of their rows, those together that touch."""
     found: list[list[_Segment]] = []
     for segment in sorted(segments, key=lambda segment: segment.start):
         if found and found[-1][-1].stop == segment.start:
@@ -201,7 +202,8 @@ class SequenceGradients:
     nbytes = 0  # what the workspace holds, it counts itself
 
     def __init__(self, stack: torch.Tensor, count: int) -> None:
-        """
+        """Keep what `LinearFactors.materialize` formed.
+
         Args:
             stack: (k, out, in), or (k + 1, out, in) with room for an accumulated gradient where
                 k > 1.

@@ -49,7 +49,7 @@ class Rates:
     def measure(
         cls, dtype: torch.dtype, device: torch.device, gemm: Gemm, operands: torch.dtype
     ) -> Rates:
-        """The best of a few tries; some 100 ms together on two CPU cores.
+        """Measure this machine, the best of a few tries; some 100 ms together on two CPU cores.
 
         Args:
             dtype: of ``main_grad``.
@@ -68,7 +68,7 @@ class Rates:
 
     @classmethod
     def read(cls, path: Path) -> Rates | None:
-        """Those that `write` left; None where there are none."""
+        """Read those that `write` left; None where there are none."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):  # lost, or half written: they are measured again
@@ -80,7 +80,7 @@ class Rates:
             part.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def break_even(self, itemsize: int) -> float:
-        """Tokens a sequence from which on keeping pays."""
+        """Return how many tokens a sequence has from which on keeping pays."""
         return itemsize * self.gemm / self.memory
 
 
@@ -100,7 +100,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def agree_on_rates(
     weights: Iterable[torch.Tensor], topology: Topology, gemm: Gemm, known: Rates | None = None
 ) -> Rates | None:
-    """Those of rank 0, on all ranks, or None where no weight of its is worth it; a collective.
+    """Share rank 0's with all ranks, or None where no weight of its is worth it; a collective.
 
     Tensor ranks must choose alike, for what they keep says when they wait for each other. All
     measure at the same time: those of one machine share its memory when it counts, too.
@@ -142,7 +142,7 @@ def choose(
     room: int,
     rates: Rates | None,
 ) -> Choice:
-    """For one weight and microbatch.
+    """Choose for one weight and microbatch.
 
     Args:
         entries: of the weight, on this rank.
@@ -171,7 +171,7 @@ def choose(
 
 
 def describe(choices: Mapping[str, Choice], rates: Rates | None) -> list[str]:
-    """Lines for a person: what was done the last time, by kind of weight, with a reason of it."""
+    """Describe for a person what was done the last time, by kind of weight, with a reason of it."""
     lines = []
     if rates is not None:
         lines.append(

@@ -30,5 +30,5 @@ class VectorFactors:
 
 
 def take(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """The columns of ``matrix`` (k, n) that a unit's rows name, side by side."""
+    """Return the columns of ``matrix`` (k, n) that a unit's rows name, side by side."""
     return torch.cat([matrix[:, start:stop] for start, stop in rows] or [matrix[:, :0]], dim=1)

@@ -23,7 +23,8 @@ class Workspace:
     """Half of ``limit`` is for what is kept until a group is solved, half for blocks in passing."""
 
     def __init__(self, limit: float, device: torch.device) -> None:
-        """
+        """Begin with nothing allocated.
+
         Args:
             limit: bytes.
         """
@@ -35,18 +36,18 @@ class Workspace:
         self._passing = _Piece(device)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory, not initialized, until `free`."""
+        """Hand out memory, not initialized, until `free`."""
         size = prod(shape) * dtype.itemsize
         start = -(-self.held // _ALIGNMENT) * _ALIGNMENT
         self.held = start + size
         return self._kept.part(start, size).view(dtype).view(*shape)
 
     def scratch(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory, not initialized, until the next call."""
+        """Hand out memory, not initialized, until the next call."""
         return self._passing.part(0, prod(shape) * dtype.itemsize).view(dtype).view(*shape)
 
     def free(self) -> None:
-        """All that was taken is free again."""
+        """Make all free again that was taken."""
         self.held = 0
 
     def release(self) -> None:
@@ -66,7 +67,7 @@ class _Piece:
         self._wanted = 0
 
     def part(self, start: int, size: int) -> torch.Tensor:
-        """(size,) bytes of it; of their own as long as it can't grow."""
+        """Hand out (size,) bytes of it; of their own as long as it can't grow."""
         self._wanted = max(self._wanted, start + size)
         if start == 0 and self._wanted > self._buffer.numel():
             self._buffer = self._buffer.new_empty(0)  # the old one goes before the new one comes

@@ -14,7 +14,7 @@ import torch
 
 
 def pivoted_factor(gram: torch.Tensor, cutoff: float) -> torch.Tensor:
-    """L (..., k, k) with ``L L^T = gram`` but for directions at rounding noise.
+    """Return L (..., k, k) with ``L L^T = gram`` but for directions at rounding noise.
 
     Column i belongs to the pivot of step i, the vector with the longest rest outside the span of
     those before it. Columns from the rank on are 0: nothing is left there that is longer, squared,
@@ -41,7 +41,7 @@ def pivoted_factor(gram: torch.Tensor, cutoff: float) -> torch.Tensor:
 
 
 def reduced(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``L^T L`` (..., k, k) of a pivoted factor, with 1 for each column that is 0, and which are.
+    """Return ``L^T L`` (..., k, k) of a pivoted factor, 1 for columns of 0, and which those are.
 
     It has the eigenvalues of ``L L^T`` that are not 0, and can be solved with.
     """

@@ -83,7 +83,7 @@ class TokenMatrix:
         return self.matrix.shape[0]
 
     def rows(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Blocks of tokens: (first, end, float64 (end - first, n))."""
+        """Yield blocks of tokens: (first, end, float64 (end - first, n))."""
         step = max(1, self.block_bytes // max(1, 8 * self.width))
         for low in range(0, self.tokens, step):
             high = min(low + step, self.tokens)
@@ -92,7 +92,7 @@ class TokenMatrix:
             yield low, high, block.double()
 
     def apply(self, right: torch.Tensor) -> torch.Tensor:
-        """``M right`` (T, l), of this rank's columns; right (n, l)."""
+        """Return ``M right`` (T, l), of this rank's columns; right (n, l)."""
         found = right.new_zeros((self.tokens, right.shape[1]))
         if self.width:
             for low, high, block in self.rows():
@@ -100,7 +100,7 @@ class TokenMatrix:
         return found
 
     def apply_transposed(self, left: torch.Tensor) -> torch.Tensor:
-        """``M^T left`` (n, l), this rank's rows of it; left (T, l)."""
+        """Return ``M^T left`` (n, l), this rank's rows of it; left (T, l)."""
         found = left.new_zeros((self.width, left.shape[1]))
         if self.width:
             for low, high, block in self.rows():
@@ -108,7 +108,7 @@ class TokenMatrix:
         return found
 
     def gram(self) -> torch.Tensor:
-        """``M M^T`` (T, T), of this rank's columns."""
+        """Return ``M M^T`` (T, T), of this rank's columns."""
         step = max(1, self.block_bytes // max(1, 8 * self.tokens))
         found = self.matrix.new_zeros((self.tokens, self.tokens), dtype=torch.float64)
         for start, stop in self.columns:
@@ -128,7 +128,7 @@ class Subspace:
 
 
 def dominant(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> list[Subspace]:
-    """The dominant subspaces of these matrices, all with the same tokens.
+    """Return the dominant subspaces of these matrices, all with the same tokens.
 
     They go in step, so that ``reduce`` is called once for all of them: once in all where T is
     small, else `ITERATIONS` + 1 times; the same on every rank, for only shapes decide. A matrix
@@ -181,7 +181,7 @@ def _iterated(matrices: Sequence[TokenMatrix], rank: int, reduce: Reduce) -> lis
 
 @lru_cache(maxsize=1)  # all layers of a microbatch begin with the same
 def _sketch(tokens: int, width: int, device: torch.device) -> torch.Tensor:
-    """(T, l) normal numbers, made on the CPU, where a seed means the same for every device."""
+    """Return (T, l) normal numbers, made on the CPU: a seed then means the same for all devices."""
     generator = torch.Generator().manual_seed(SEED)
     found = torch.randn((tokens, width), generator=generator, dtype=torch.float64)
     # The host waits for copies of pageable memory.
@@ -189,7 +189,7 @@ def _sketch(tokens: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 def _ritz(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of Gram matrices (m, l, l) the first eigenpairs: s (m, r), 1/s (m, r), vectors (m, l, r).
+    """Return first eigenpairs of Gram matrices (m, l, l): s (m, r), 1/s (m, r), vectors (m, l, r).
 
     s and 1/s are 0 where nothing but rounding is left.
     """
@@ -203,7 +203,7 @@ def _ritz(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, t
 def _whole(
     parts: list[torch.Tensor], matrices: Sequence[TokenMatrix], reduce: Reduce
 ) -> list[torch.Tensor]:
-    """The parts of sharded matrices added up over ranks, the others as they are."""
+    """Add up the parts of sharded matrices over ranks; return the others as they are."""
     shared = [part for part, m in zip(parts, matrices, strict=True) if m.sharded]
     summed = iter(reduce(shared) if shared else [])
     return [next(summed) if m.sharded else part for part, m in zip(parts, matrices, strict=True)]
@@ -230,7 +230,7 @@ def removal(
     outside: Subspace | None,
     per_token: torch.Tensor,
 ) -> Removal:
-    """The part of G = dY^T diag(a) X that lies in the dominant subspaces.
+    """Return the part of G = dY^T diag(a) X that lies in the dominant subspaces.
 
     Args:
         inside: that of X; None for the side "output".

@@ -34,7 +34,7 @@ ROUNDING = 1e-15  # relative to the largest eigenvalue of a K, what float64 leav
 def precondition(
     kind: Kind, gram: torch.Tensor, advantages: torch.Tensor, *, regularization: float
 ) -> Solution:
-    """Coefficients a' of the update, for units that are solved together.
+    """Return coefficients a' of the update, for units that are solved together.
 
     ``removed`` is |G (a - a')|^2, what the transformation changed, next to ``policy`` = |G a|^2;
     nothing is clamped and there is no residual. Of a unit that is not finite, a' = a.
@@ -76,13 +76,13 @@ class _Spectral:
         self.values = values.clamp(min=0)  # below it only by rounding
 
     def damped(self, reg: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """``reg (K + reg I)^-1 w`` for w (..., k); w itself where reg (..., 1) is 0."""
+        """Return ``reg (K + reg I)^-1 w`` for w (..., k); w itself where reg (..., 1) is 0."""
         rotated = _apply(self.vectors.mT, weights)
         kept = torch.where(reg > 0, reg / torch.where(reg > 0, self.values + reg, 1.0), 1.0)
         return _apply(self.vectors, kept * rotated)
 
     def square(self, weights: torch.Tensor) -> torch.Tensor:
-        """|G w|^2 as a sum of squares, which keeps its digits where sequences cancel."""
+        """Return |G w|^2 as a sum of squares, which keeps its digits where sequences cancel."""
         return (self.values * _apply(self.vectors.mT, weights).square()).sum(dim=-1)
 
 

@@ -67,7 +67,7 @@ def solve(
     bound: float | None,
     cutoff: float,
 ) -> Solution:
-    """Coefficients of the update for one microbatch.
+    """Return the coefficients of the update for one microbatch.
 
     Args:
         gram: K (..., k, k), symmetric positive semidefinite.
@@ -112,7 +112,7 @@ def solve_vectors(
     bound: float | None,
     cutoff: float,
 ) -> VectorSolution:
-    """The same for units whose sequence gradients are at hand.
+    """Solve as `solve` for units whose sequence gradients are at hand.
 
     Args:
         gradients: G^T (..., k, n).
@@ -150,7 +150,7 @@ def solve_vectors(
 
 
 def _project(rows: torch.Tensor, vector: torch.Tensor, cutoff: float) -> torch.Tensor:
-    """The part of ``vector`` (..., n) in the span of ``rows`` (..., m, n).
+    """Return the part of ``vector`` (..., n) in the span of ``rows`` (..., m, n).
 
     Singular values of the rows below ``cutoff`` times the largest count as 0. Eigenvectors of the
     rows' Gram matrix turn them into nearly orthogonal ones, whose lengths are the singular values
@@ -165,7 +165,7 @@ def _project(rows: torch.Tensor, vector: torch.Tensor, cutoff: float) -> torch.T
 
 
 def _nearly_orthonormal(rows: torch.Tensor, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (..., m, n) of the same span, and which are there (..., m); those that aren't are 0."""
+    """Return rows (..., m, n) of the same span, and which exist (..., m); the others are 0."""
     gram = rows @ rows.mT
     if host_sync.asynchronous(rows.device):
         factor = pivoted_factor(gram, cutoff**2)
@@ -179,7 +179,7 @@ def _nearly_orthonormal(rows: torch.Tensor, cutoff: float) -> tuple[torch.Tensor
 
 
 def clamp_factor(removed: torch.Tensor, policy: torch.Tensor, bound: float | None) -> torch.Tensor:
-    """What scales the removed part down to ``bound * |P|``, (...,) in [0, 1].
+    """Return what scales the removed part down to ``bound * |P|``, (...,) in [0, 1].
 
     Args:
         removed, policy: squared norms (...,), of the removed part and of P.
@@ -191,7 +191,7 @@ def clamp_factor(removed: torch.Tensor, policy: torch.Tensor, bound: float | Non
 
 
 def all_finite(values: torch.Tensor, axes: int) -> torch.Tensor:
-    """(...,) bool: whether everything along so many last axes is finite."""
+    """Return (...,) bool: whether everything along so many last axes is finite."""
     rows = values.flatten(-axes)
     if not rows.shape[-1]:
         return torch.ones(rows.shape[:-1], dtype=torch.bool, device=values.device)
@@ -201,17 +201,17 @@ def all_finite(values: torch.Tensor, axes: int) -> torch.Tensor:
 
 
 def _sums_are_finite(gram: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
-    """(...,) bool; as `all_finite` of both: what are sums of float32 adds up without overflow."""
+    """Look at both as `all_finite`, (...,) bool: sums of float32 add up without overflow."""
     return (gram.sum(dim=(-2, -1)) + overlap.sum(dim=-1)).isfinite()
 
 
 def masked(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """``values`` (..., *rest) where ``kept`` (...,), else 0: eigh and solve refuse NaN."""
+    """Return ``values`` (..., *rest) where ``kept`` (...,), else 0: eigh and solve refuse NaN."""
     return torch.where(kept.reshape(*kept.shape, *[1] * (values.dim() - kept.dim())), values, 0.0)
 
 
 def _inverse_norms(gram: torch.Tensor) -> torch.Tensor:
-    """D = diag(K_ss^-1/2), 0 for a sequence without gradient."""
+    """Return D = diag(K_ss^-1/2), 0 for a sequence without gradient."""
     norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     return torch.where(norms > 0, 1 / norms, 0.0)
 
@@ -233,11 +233,11 @@ class _Decomposition(Protocol):
     scale: torch.Tensor  # (..., k) D
 
     def pseudo_inverse(self, overlap: torch.Tensor) -> torch.Tensor:
-        """D (D K D)^+ D c."""
+        """Return D (D K D)^+ D c."""
         ...
 
     def square_norm(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """|G v|^2 = v^T K v as a sum of squares.
+        """Return |G v|^2 = v^T K v as a sum of squares.
 
         The quadratic form itself leaves the root of the rounding error where sequences cancel, such
         as equal ones whose advantages sum to 0; the bound would let that much be removed.
@@ -280,7 +280,7 @@ class _Triangular:
     factor: torch.Tensor  # (..., k, k) L
 
     def pseudo_inverse(self, overlap: torch.Tensor) -> torch.Tensor:
-        """As (L L^T)^+ = L (L^T L)^-2 L^T."""
+        """Solve by (L L^T)^+ = L (L^T L)^-2 L^T."""
         inner, _ = reduced(self.factor)
         found = _apply(self.factor.mT, self.scale * overlap)[..., None]
         for _ in range(2):
@@ -292,17 +292,17 @@ class _Triangular:
 
 
 def square_norm(factor: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """|G w|^2 (...,) from a factor of K = L L^T (..., k, k) and w (..., k)."""
+    """Return |G w|^2 (...,) from a factor of K = L L^T (..., k, k) and w (..., k)."""
     return _apply(factor.mT, weights).square().sum(dim=-1)
 
 
 def _norms(scale: torch.Tensor) -> torch.Tensor:
-    """D^-1, 0 where D is."""
+    """Return D^-1, 0 where D is."""
     return torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1), 0)
 
 
 def _ridge(gram: torch.Tensor, overlap: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """D (D K D + ridge I)^-1 D c."""
+    """Return D (D K D + ridge I)^-1 D c."""
     normalized = scale[..., :, None] * gram * scale[..., None, :]
     damped = normalized + RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     solved = torch.linalg.solve_ex(damped, (scale * overlap)[..., None]).result
@@ -310,7 +310,7 @@ def _ridge(gram: torch.Tensor, overlap: torch.Tensor, scale: torch.Tensor) -> to
 
 
 def _iterative(gram: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
-    """Sweeps that take out one sequence after the other (figure 3, v2), in coefficients."""
+    """Sweep, taking out one sequence after the other (figure 3, v2), in coefficients."""
     beta = torch.zeros_like(overlap)
     rest = overlap.clone()
     for _ in range(SWEEPS):

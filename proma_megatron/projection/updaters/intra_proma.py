@@ -84,21 +84,21 @@ class Deflating:
         return linears
 
     def start(self, pending: Sequence[_Linear]) -> Sequence[_Linear]:
-        """Nothing: each of this rule's sums needs what the one before it gave."""
+        """Start nothing: each of this rule's sums needs what the one before it gave."""
         return pending
 
     def finish(self, started: Sequence[_Linear], microbatch: Microbatch) -> list[Never]:
-        """``A <- A + G - shrinkage * clamp(R)`` for every linear unit."""
+        """Set ``A <- A + G - shrinkage * clamp(R)`` for every linear unit."""
         self._remove(started, microbatch)
         return []
 
     def finish_late(self, late: Sequence[Never], microbatch: Microbatch) -> None:
-        """Nothing waits."""
+        """Finish nothing: nothing waits."""
 
     def _linears(
         self, capture: Capture, factors: LinearFactors, microbatch: Microbatch
     ) -> list[_Linear]:
-        """The linear units of one weight. Of X or dY, TP cuts what its axis says."""
+        """Return the linear units of one weight. Of X or dY, TP cuts what its axis says."""
         cut = capture.shard.reduction is Reduction.DISJOINT
         matrix = partial(
             TokenMatrix,
@@ -141,7 +141,7 @@ class Deflating:
             _subtract(u, removed, scale, kept)
 
     def _dominant(self, linears: Sequence[_Linear]) -> dict[int, Subspace]:
-        """The subspaces that the sides ask for, by the identity of their matrix."""
+        """Return the subspaces that the sides ask for, by the identity of their matrix."""
         matrices: dict[int, TokenMatrix] = {}
         for u in linears:
             if self.sides != "output":
@@ -158,7 +158,7 @@ class Deflating:
         removals: Sequence[Removal],
         energies: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """|R|^2 and |G|^2 (U,) of the whole units, in one collective."""
+        """Return |R|^2 and |G|^2 (U,) of the whole units, in one collective."""
         square = torch.stack([found.square for found in removals])
         energy = torch.stack(list(energies))
         cut = [u.capture.shard.reduction is Reduction.DISJOINT for u in linears]
@@ -173,7 +173,7 @@ class Deflating:
 
 
 def _is_finite(u: _Linear, found: Mapping[int, Subspace]) -> torch.Tensor:
-    """() bool: whether the unit's subspaces mean anything."""
+    """Return () bool: whether the unit's subspaces mean anything."""
     asked = [found[id(matrix)].finite for matrix in (u.x, u.dy) if id(matrix) in found]
     return torch.stack(asked).all()
 

@@ -66,7 +66,7 @@ class Preconditioning:
         return start_group_sum(pending, self.tensor)
 
     def finish(self, started: GroupSum, microbatch: Microbatch) -> list[Never]:
-        """``A <- A + G a'`` for every unit."""
+        """Set ``A <- A + G a'`` for every unit."""
         pending, sums = started.units, started.wait()
         k = len(microbatch.advantages)
         gram = torch.stack(
@@ -82,7 +82,7 @@ class Preconditioning:
         return []
 
     def finish_late(self, late: Sequence[Never], microbatch: Microbatch) -> None:
-        """Nothing waits."""
+        """Finish nothing: nothing waits."""
 
 
 def _vector(capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:
@@ -93,7 +93,7 @@ def _vector(capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:
 
 
 def _gram(found: Summands, whole: torch.Tensor, k: int) -> torch.Tensor:
-    """K (k, k), from half of it or from a norm's whole vectors."""
+    """Return K (k, k), from half of it or from a norm's whole vectors."""
     vectors = isinstance(found.capture.factors, VectorFactors)
     if vectors and found.unit.reduction is Reduction.PARTIAL:
         return whole @ whole.T

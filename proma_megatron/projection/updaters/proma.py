@@ -47,7 +47,7 @@ class Vector:
 
     @classmethod
     def of(cls, found: Summands, gradients: torch.Tensor, accumulated: torch.Tensor) -> Vector:
-        """Copies where they are parts of a larger tensor, which would live on with them."""
+        """Keep a unit's vectors; copies where a larger tensor would live on with them."""
         parts = (gradients, accumulated)
         own = [
             part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
@@ -98,7 +98,7 @@ class Projecting:
         return start_group_sum(sorted(pending, key=_is_vector), self.tensor)
 
     def finish(self, started: GroupSum, microbatch: Microbatch) -> list[Vector]:
-        """``A <- A - clamp(projection) + G a`` for every weight's unit; vectors can wait."""
+        """Set ``A <- A - clamp(projection) + G a`` for every weight's unit; vectors can wait."""
         matrices = [found for found in started.units if not _is_vector(found)]
         vectors = [found for found in started.units if _is_vector(found)]
         sums = started.wait()  # of matrices first, as they were started
@@ -107,7 +107,7 @@ class Projecting:
         return [Vector.of(found, *whole) for found, whole in zip(vectors, sums, strict=True)]
 
     def finish_late(self, late: Sequence[Vector], microbatch: Microbatch) -> None:
-        """The same for whole vectors, all of one length at a time."""
+        """Do the same for whole vectors, all of one length at a time."""
         by_length: dict[int, list[Vector]] = {}
         for vector in late:
             by_length.setdefault(len(vector.accumulated), []).append(vector)
@@ -162,7 +162,7 @@ class Projecting:
     # ------------------------------------------------------------------ whole vectors
 
     def _vector(self, capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:
-        """This rank's summand of the unit's whole vectors.
+        """Return this rank's summand of the unit's whole vectors.
 
         Of a bias each rank holds a slice; it stands at the rank's place among zeros. Entries of
         other units of the same bias are zeros as well, which changes no product.

@@ -33,7 +33,7 @@ class Sum:
     work: dist.Work | None = None
 
     def wait(self) -> list[torch.Tensor]:
-        """The whole tensors. On a GPU its stream waits, not the host."""
+        """Return the whole tensors. On a GPU its stream waits, not the host."""
         if self.flat is None:
             return list(self.parts)
         if self.work is not None:
@@ -50,7 +50,7 @@ class GroupSum:
     shared: Sum
 
     def wait(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Each unit's summands added up over TP; what every rank holds whole, as it is."""
+        """Return each unit's summands added up over TP; what every rank holds whole, as it is."""
         summed = iter(self.shared.wait())
         return iter(
             [
@@ -82,25 +82,25 @@ def start_sum(parts: Sequence[torch.Tensor], tensor: Axis) -> Sum:
 
 
 def sum_together(parts: Sequence[torch.Tensor], tensor: Axis) -> list[torch.Tensor]:
-    """The same, waited for."""
+    """Add up as `start_sum` does, and wait."""
     return start_sum(parts, tensor).wait()
 
 
 def triangle(gram: torch.Tensor) -> torch.Tensor:
-    """Half of a symmetric (k, k), (k (k + 1) / 2,): what is worth sending."""
+    """Return half of a symmetric (k, k), (k (k + 1) / 2,): what is worth sending."""
     rows, columns, _ = _indices(gram.shape[-1], gram.device)
     return gram[rows, columns]
 
 
 def symmetric(triangles: torch.Tensor, k: int) -> torch.Tensor:
-    """(..., k (k + 1) / 2) as it was, (..., k, k)."""
+    """Return (..., k (k + 1) / 2) as it was, (..., k, k)."""
     _, _, places = _indices(k, triangles.device)
     return triangles[..., places]
 
 
 @lru_cache(maxsize=64)
 def _indices(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows and columns of the lower triangle, and where each (k, k) entry is among them."""
+    """Return rows and columns of the lower triangle, and where each (k, k) entry is among them."""
     rows, columns = torch.tril_indices(k, k, device=device)
     places = torch.empty(k, k, dtype=torch.int64, device=device)
     places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=device)

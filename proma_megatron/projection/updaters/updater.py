@@ -33,11 +33,11 @@ class Updater[Pending, Started, Late](Protocol):
     accumulates: bool  # K comes with overlaps with what has been accumulated
 
     def asks_for_gradients(self, *, first: bool) -> bool:
-        """Whether K is formed from a weight's sequence gradients, so that keeping them pays."""
+        """Tell whether K is formed from a weight's sequence gradients: keeping them pays."""
         ...
 
     def take(self, capture: Capture, microbatch: Microbatch) -> list[Pending]:
-        """What the parameter's units wait with; units that are added plainly are so at once."""
+        """Return what the parameter's units wait with; those that are added plainly don't wait."""
         ...
 
     def start(self, pending: Sequence[Pending]) -> Started:
@@ -61,12 +61,12 @@ class Updater[Pending, Started, Late](Protocol):
         ...
 
     def finish_late(self, late: Sequence[Late], microbatch: Microbatch) -> None:
-        """As `finish`, of units that `finish` has returned, from any number of groups."""
+        """Finish units that `finish` has returned, from any number of groups."""
         ...
 
 
 def add_plainly(capture: Capture, units: Iterable[Unit], advantages: torch.Tensor) -> None:
-    """``A <- A + G a`` on this rank's entries of these units, in as few pieces as they allow."""
+    """Set ``A <- A + G a`` on this rank's entries of these units, in as few pieces as possible."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(run for unit in units for run in unit.rows):
         if merged and merged[-1][1] == start:
@@ -91,7 +91,7 @@ def add_unprojected(
 
 
 def add(units: Iterable[tuple[Capture, Unit]], coefficients: Iterable[torch.Tensor]) -> None:
-    """``A <- A + G coefficients`` on this rank's entries of each unit; coefficients (k,)."""
+    """Set ``A <- A + G coefficients`` on this rank's entries of each unit; coefficients (k,)."""
     parts: dict[int, tuple[Capture, list[Part]]] = {}
     for (capture, unit), values in zip(units, coefficients, strict=True):
         _, found = parts.setdefault(id(capture), (capture, []))
