@@ -205,10 +205,10 @@ def evaluate(
 ) -> None:
     """Measure a policy on a file of problems: accuracy, pass@k, lengths, every completion."""
     from proma_megatron.commands.evaluate.command import evaluate_saved
-    from proma_megatron.runs.policies import open_saved
+    from proma_megatron.runs.policies import open_policy
 
     chosen = [f"evaluation.samples={samples}"] if samples is not None else []
-    saved = open_saved(source, [*chosen, *(overrides or [])], config)
+    saved = open_policy(source, [*chosen, *(overrides or [])], config)
     evaluate_saved(saved, data, out, overwrite=overwrite)
 
 
@@ -232,9 +232,9 @@ def export(
 ) -> None:
     """Write a policy as a Hugging Face directory, for transformers and vLLM."""
     from proma_megatron.commands.export.command import export as run
-    from proma_megatron.runs.policies import open_saved
+    from proma_megatron.runs.policies import open_policy
 
-    run(open_saved(source, overrides or []), out, dtype, shard_size, overwrite=overwrite)
+    run(open_policy(source, overrides or []), out, dtype, shard_size, overwrite=overwrite)
 
 
 @app.command()

@@ -64,7 +64,7 @@ def size_and_checksum(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Say in one sentence why the ``with`` block can't write to this path, or beside it.
 
     Raises:

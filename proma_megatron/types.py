@@ -117,7 +117,7 @@ class TrainingSequence:
 
 
 @dataclass(frozen=True)
-class Sequences:
+class PackedSequences:
     """How the T tokens of a microbatch belong to its k sequences."""
 
     offsets: tuple[int, ...]  # (k + 1,) start of each sequence, and the end of the last
@@ -125,7 +125,7 @@ class Sequences:
     _indicators: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], total: int, device: torch.device) -> Sequences:
+    def of(cls, lengths: tuple[int, ...], total: int, device: torch.device) -> PackedSequences:
         offsets = tuple(accumulate(lengths, initial=0))
         # Filled on the device: where a backward pass is first to ask, the host must not wait for
         # copies of its lists, nor for a length that depends on values.
@@ -201,9 +201,9 @@ class Microbatch:
         return self.tokens.shape[1]
 
     @cached_property
-    def sequences(self) -> Sequences:
+    def sequences(self) -> PackedSequences:
         """Which token belongs to which sequence."""
-        return Sequences.of(self.lengths, self.num_tokens, self.tokens.device)
+        return PackedSequences.of(self.lengths, self.num_tokens, self.tokens.device)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from proma_megatron.projection.factors.embedding import Lookup, LookupFactors
 from proma_megatron.projection.factors.linear import LinearFactors, SequenceGradients
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.rules.proma import solve, solve_vectors
-from proma_megatron.types import Sequences
+from proma_megatron.types import PackedSequences
 
 ROUNDS = 7
 WORKSPACE = 512 * 2**20  # bytes; the default of projection.workspace_mb
@@ -86,8 +86,8 @@ def _medians(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
-def _sequences(setting: Setting) -> Sequences:
-    return Sequences.of(
+def _sequences(setting: Setting) -> PackedSequences:
+    return PackedSequences.of(
         (setting.tokens,) * setting.sequences, setting.tokens * setting.sequences, CPU
     )
 

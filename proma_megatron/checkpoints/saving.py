@@ -76,7 +76,7 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SaveReport:
     """A checkpoint that has become complete."""
 
     path: Path
@@ -108,7 +108,7 @@ class Saver:
         retention: Retention,
         *,
         background: bool,
-        saved: Callable[[Saved], None] = lambda _: None,
+        saved: Callable[[SaveReport], None] = lambda _: None,
     ) -> None:
         self.topology, self.folder, self.retention = topology, folder, retention
         self.background, self.saved = background, saved
@@ -184,7 +184,7 @@ class Saver:
         trouble = self._tidy() if self.topology.is_main else ""
         done = time.monotonic()
         self.saved(
-            Saved(
+            SaveReport(
                 run.path,
                 blocked=run.blocked + done - waited,
                 seconds=run.written - run.started + done - max(waited, run.written),

@@ -25,7 +25,7 @@ from proma_megatron.checkpoints.random_state import (
     restore_random_state,
 )
 from proma_megatron.learner.optimizer import Optimizer
-from proma_megatron.learner.snapshots import RunningMean
+from proma_megatron.learner.snapshots import LaggedMean
 from proma_megatron.model.policy import Policy
 
 _RANDOM = "random."
@@ -38,7 +38,7 @@ class Contents:
 
     policy: Policy
     optimizer: Optimizer | None = None
-    lagged: RunningMean | None = None
+    lagged: LaggedMean | None = None
     random: bool = False  # states of the random number generators
     scaling: bool = False  # what delayed scaling remembers of earlier passes
 
@@ -141,7 +141,7 @@ def _key(chunk: int) -> str:
 # --------------------------------------------------------------------------- the running mean
 
 
-def _mean_shards(policy: Policy, lagged: RunningMean, metadata: dict[str, Any]) -> dict[str, Any]:
+def _mean_shards(policy: Policy, lagged: LaggedMean, metadata: dict[str, Any]) -> dict[str, Any]:
     """Name the model's own shards anew, over the mean's tensors and its dtype."""
     means = {
         id(shard.parameter): mean for shard, mean in zip(policy.shards, lagged.weights, strict=True)

@@ -13,7 +13,7 @@ Recipe = Literal["current", "delayed", "blockwise", "mxfp8"]
 
 
 @dataclass(frozen=True)
-class RecipeRules:
+class FP8Recipe:
     """What a recipe asks for.
 
     Attributes:
@@ -62,13 +62,13 @@ class RecipeRules:
         return None
 
 
-RECIPES: dict[Recipe, RecipeRules] = {
-    "current": RecipeRules("tensorwise", "hybrid", 16, (8, 9)),
-    "delayed": RecipeRules("delayed", "hybrid", 16, (8, 9)),
-    "blockwise": RecipeRules(
+RECIPES: dict[Recipe, FP8Recipe] = {
+    "current": FP8Recipe("tensorwise", "hybrid", 16, (8, 9)),
+    "delayed": FP8Recipe("delayed", "hybrid", 16, (8, 9)),
+    "blockwise": FP8Recipe(
         "blockwise", "e4m3", 128, (9, 0), cuda=(12, 9), block=128, weight_block=128 * 128
     ),
-    "mxfp8": RecipeRules(
+    "mxfp8": FP8Recipe(
         "mxfp8", "e4m3", 32, (10, 0), below=(12, 0), block=32, weight_block=32, scale_bytes=1
     ),
 }

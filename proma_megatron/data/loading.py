@@ -18,7 +18,7 @@ from proma_megatron.types import Problem, Prompt
 
 
 @dataclass(frozen=True)
-class Data:
+class RunData:
     tokenizer: Tokenizer
     train: PromptSource  # RL prompts
     supervised: PromptSource  # the same prompts in another order, for the warm start
@@ -26,7 +26,7 @@ class Data:
     notes: tuple[str, ...]  # what was left out, for the user
 
 
-def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
+def prepare_data(config: RunConfig, trained_tokenizer: Path) -> RunData:
     """Read everything that a run reads, and check it.
 
     Args:
@@ -47,7 +47,7 @@ def prepare_data(config: RunConfig, trained_tokenizer: Path) -> Data:
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}; add problems or take "
             "fewer a step"
         )
-    return Data(
+    return RunData(
         tokenizer=tokenizer,
         train=PromptSource(train_prompts, config.seed),
         supervised=PromptSource(train_prompts, config.seed + 1),
@@ -145,7 +145,7 @@ def make_prompts(
     )
 
 
-def check_demonstrations(config: RunConfig, data: Data) -> None:
+def check_demonstrations(config: RunConfig, data: RunData) -> None:
     """Check that every worked answer fits into a microbatch with its prompt; ConfigError if not.
 
     It tokenizes all answers, so it runs once a run and not on every rank.

@@ -13,7 +13,7 @@ from proma_megatron.evaluation.statistics import accuracy_interval, mean_pass_at
 from proma_megatron.model.policy import Policy
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.rollout.engine import Interrupt, Interrupted, SamplingOptions
-from proma_megatron.rollout.groups import group, sample_rollouts, score_rollouts, share
+from proma_megatron.rollout.groups import group, sample_rollouts, score_rollouts, shard_for_replica
 from proma_megatron.types import Prompt, Rollout, ScoredRollout
 
 
@@ -124,7 +124,7 @@ def evaluate(
     portion = max(1, options.batch_size // samples) * topology.data.size
     scored: list[ScoredRollout] = []
     for first in range(0, len(prompts), portion):
-        mine = share(prompts[first : first + portion], topology)
+        mine = shard_for_replica(prompts[first : first + portion], topology)
         rollouts: list[Rollout] = []
         with contextlib.suppress(Interrupted):
             rollouts = sample_rollouts(

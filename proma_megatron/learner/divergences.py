@@ -10,7 +10,7 @@ from proma_megatron.learner.references import (
     Batch,
     _flat,
 )
-from proma_megatron.learner.snapshots import RunningMean, WeightSnapshot
+from proma_megatron.learner.snapshots import LaggedMean, WeightSnapshot
 from proma_megatron.types import TrainingSequence
 
 
@@ -37,9 +37,9 @@ class Divergences:
         self.config, self.learner = config.trainer, learner
         self.of_every_step = of_every_step
         self.initial: WeightSnapshot | None = None
-        self.lagged: RunningMean | None = None
+        self.lagged: LaggedMean | None = None
         if self.config.kl_lagged_every:
-            self.lagged = RunningMean(learner.policy, self.config.lag_steps)
+            self.lagged = LaggedMean(learner.policy, self.config.lag_steps)
 
     def to_lagged(self, step: int, batch: Batch, joined: bool = False) -> dict[str, float]:
         """Measure KL to earlier steps' policies before training; the current one then joins them.

@@ -21,8 +21,8 @@ from proma_megatron.batching.packing import (
     plan_microbatches,
 )
 from proma_megatron.config.run import RunConfig
-from proma_megatron.learner.minibatch import Accumulated, Pass, Plan, is_finite
-from proma_megatron.learner.nonfinite import Offence, blame, offences
+from proma_megatron.learner.minibatch import MinibatchGradients, MinibatchPass, Plan, is_finite
+from proma_megatron.learner.nonfinite import NonFiniteEvent, blame, offences
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.learner.schedule import Sums, evaluate_logprobs, kl_estimate
 from proma_megatron.losses.options import SUPERVISED, UNIT, LossOptions, aggregation, loss_options
@@ -30,7 +30,7 @@ from proma_megatron.model.policy import Policy
 from proma_megatron.projection import diagnostics
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.diagnostics import Units
-from proma_megatron.projection.fp8_gate import Figures
+from proma_megatron.projection.fp8_gate import GateFigures
 from proma_megatron.types import Microbatch, TrainingSequence
 
 
@@ -58,8 +58,8 @@ class Learner:
         self.config, self.policy, self.accumulator = config, policy, accumulator
         self.watch = watch
         self.loss = loss_options(config)
-        self.offences: list[Offence] = []
-        self.fp8: Figures | None = None
+        self.offences: list[NonFiniteEvent] = []
+        self.fp8: GateFigures | None = None
 
     # ------------------------------------------------------------------ steps
 
@@ -126,7 +126,7 @@ class Learner:
 
     def _gradients(
         self, minibatch: Sequence[TrainingSequence], kl: float, *, compares: bool = False
-    ) -> Accumulated:
+    ) -> MinibatchGradients:
         # What is dropped still counts in the denominator: dropping changes no plain gradient.
         weighted, denominator = aggregate(minibatch, *aggregation(self.config))
         loss = replace(self.loss, kl=kl)
@@ -157,7 +157,7 @@ class Learner:
             **figures,
         }
 
-    def _is_finite(self, found: Accumulated, minibatch: int) -> bool:
+    def _is_finite(self, found: MinibatchGradients, minibatch: int) -> bool:
         """Tell whether an update may be made; if not, keep its offences, and lose ``main_grad``.
 
         And delayed scaling forgets: what is not finite would keep its scales as they are for as
@@ -174,7 +174,7 @@ class Learner:
         self._forget(found)
         return False
 
-    def _forget(self, found: Accumulated) -> None:
+    def _forget(self, found: MinibatchGradients) -> None:
         """Let delayed scaling remember what it did before these passes."""
         for kept, value in zip(self.policy.delayed_scaling(), found.scaling, strict=True):
             kept.copy_(value)
@@ -188,10 +188,10 @@ class Learner:
         temperature: float | None = None,
         *,
         compares: bool = False,
-    ) -> Accumulated:
+    ) -> MinibatchGradients:
         """Accumulate gradients of these sequences, all of which every replica is given."""
         topology, plans = self.policy.topology, self._training_plans(sequences)
-        done = Pass(
+        done = MinibatchPass(
             self.policy,
             self._pack(sequences, plans[topology.data.rank], denominator),
             loss,
@@ -206,7 +206,7 @@ class Learner:
         if gate is not None:
             self.fp8 = gate.figures(topology)
         sums = sum(topology.gather_over_data(mine), start=Sums())
-        return Accumulated(done, mine, sums, sequences, plans, denominator, scaling)
+        return MinibatchGradients(done, mine, sums, sequences, plans, denominator, scaling)
 
     def check_capture(self) -> None:
         """Prove that every weight hands over its gradient, by a pass over one short sequence.

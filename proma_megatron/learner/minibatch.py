@@ -21,7 +21,7 @@ What = Literal["loss", "gradient", "projection"]
 
 
 @dataclass(frozen=True)
-class Pass:
+class MinibatchPass:
     """How one minibatch goes through the schedule on this rank."""
 
     policy: Policy
@@ -68,7 +68,7 @@ class Pass:
         )
 
 
-def is_finite(done: Pass, sums: Sums) -> bool:
+def is_finite(done: MinibatchPass, sums: Sums) -> bool:
     """Tell whether the update that this pass has prepared may be made; the same on every rank.
 
     Args:
@@ -101,10 +101,10 @@ Plan = list[list[int]]  # a replica's microbatches, as places among the sequence
 
 
 @dataclass(frozen=True)
-class Accumulated:
+class MinibatchGradients:
     """Gradients of one minibatch in ``main_grad``, and what they were made of."""
 
-    done: Pass
+    done: MinibatchPass
     mine: Sums  # of this replica
     sums: Sums  # of all
     sequences: Sequence[TrainingSequence]  # of all replicas, as they went in

@@ -16,7 +16,7 @@ from pathlib import Path
 from proma_megatron.batching.batch_file import write_batch
 from proma_megatron.batching.packing import loss_tokens
 from proma_megatron.files import atomic_write
-from proma_megatron.learner.minibatch import Pass, What
+from proma_megatron.learner.minibatch import MinibatchPass, What
 from proma_megatron.learner.schedule import Sums
 from proma_megatron.types import TrainingSequence
 
@@ -24,7 +24,7 @@ Chain = tuple[tuple[TrainingSequence, ...], ...]  # sequences by microbatch
 
 
 @dataclass(frozen=True)
-class Offence:
+class NonFiniteEvent:
     """What was not finite in an update that was skipped, and the sequences that show it."""
 
     what: What
@@ -53,7 +53,7 @@ class Blame:
     positions: tuple[int, ...] = ()  # see `schedule.BadLoss`
 
 
-def blame(done: Pass, sums: Sums) -> list[Blame | None]:
+def blame(done: MinibatchPass, sums: Sums) -> list[Blame | None]:
     """Find what is to blame, by replica, for an update that is not finite; the same on all ranks.
 
     In this order, and only the first that finds anything: microbatches whose loss is not finite;
@@ -89,7 +89,7 @@ def _by_loss(sums: Sums) -> Blame | None:
     return Blame("loss", bad.microbatch, bad.microbatch, bad.positions)
 
 
-def _by_itself(done: Pass, last: int) -> Blame | None:
+def _by_itself(done: MinibatchPass, last: int) -> Blame | None:
     """Find the first of microbatches 0 to ``last`` that is not finite alone."""
     for index in range(last + 1):
         if not done.microbatches[index].lengths:
@@ -102,7 +102,7 @@ def _by_itself(done: Pass, last: int) -> Blame | None:
 
 def offences(
     found: Sequence[Blame | None], chains: Sequence[Chain], minibatch: int, denominator: float
-) -> list[Offence]:
+) -> list[NonFiniteEvent]:
     """Return the offences of one skipped update.
 
     Args:
@@ -110,7 +110,7 @@ def offences(
         chains: each replica's sequences by microbatch.
     """
     return [
-        Offence(
+        NonFiniteEvent(
             what=blamed.what,
             replica=replica,
             minibatch=minibatch,
@@ -145,7 +145,7 @@ def _marked(chain: Chain, positions: Sequence[int]) -> Chain:
 # --------------------------------------------------------------------------- dumping
 
 
-def dump(offence: Offence, path: Path) -> None:
+def dump(offence: NonFiniteEvent, path: Path) -> None:
     """Write the sequences as a batch file, complete or not at all; for one rank.
 
     `proma grads` divides by the loss tokens of its file, the run by those of its whole minibatch:

@@ -20,7 +20,7 @@ RANGE = 1e6  # how far an adaptive coefficient may move
 Batch = list[list[TrainingSequence]]  # a step's sequences, by prompt
 
 
-class References:
+class ReferencePolicies:
     """What the loss and the rewards need of other policies; nothing where the config asks nothing.
 
     Attributes:

@@ -24,7 +24,7 @@ class WeightSnapshot:
             yield
 
 
-class RunningMean:
+class LaggedMean:
     """The mean of the policy's weights over the last ``steps`` updates.
 
     Of fewer than ``steps`` weights it is their plain mean. After that each new one counts

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import torch
 
-from proma_megatron.types import Sequences
+from proma_megatron.types import PackedSequences
 
 
 def sequence_ratios(
-    logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, sequences: Sequences
+    logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, sequences: PackedSequences
 ) -> torch.Tensor:
     """Return s (k,), without gradient; 1 for a sequence without loss tokens.
 
@@ -36,7 +36,7 @@ def sequence_ratios(
 
 
 def token_ratios(
-    logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, sequences: Sequences
+    logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, sequences: PackedSequences
 ) -> torch.Tensor:
     """Return ``sg[s] pi_t / sg[pi_t]`` (T,), differentiable; arguments as in `sequence_ratios`."""
     shared = sequences.per_token(sequence_ratios(logprobs, old, mask, sequences))

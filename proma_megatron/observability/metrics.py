@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from proma_megatron.errors import StorageError
-from proma_megatron.files import append_row, written
+from proma_megatron.files import append_row, disk_errors
 from proma_megatron.runs.directory import RunDir
 
 if TYPE_CHECKING:  # both take seconds to import, and reading metrics needs neither
@@ -108,7 +108,7 @@ class MetricsWriter:
                 )
 
     def _on_disk(self) -> AbstractContextManager[None]:
-        return written(self._paths[0])
+        return disk_errors(self._paths[0])
 
     def _events_of(self, phase: str, step: int) -> SummaryWriter:
         if phase not in self._events:

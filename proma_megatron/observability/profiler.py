@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from proma_megatron.files import atomic_write, written
+from proma_megatron.files import atomic_write, disk_errors
 
 TRACED = 2  # which RL step of a process is traced: the first one pays for what is done once
 OPERATORS = 15  # in the table
@@ -65,7 +65,7 @@ class Profiler(Protocol):
         ...
 
 
-class Off:
+class NullProfiler:
     """The profiler of a run that asked for none, and of every rank but the first."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -107,7 +107,7 @@ class Operator:
     seconds: float
 
 
-class Profile:
+class StepProfiler:
     """Times of the phases on this rank, and a trace of one step."""
 
     def __init__(
@@ -199,7 +199,7 @@ class Profile:
     def _write_trace(self, found: Any, step: int) -> None:
         path = self._logs / f"trace_step_{step:06d}.json.gz"
         with (
-            written(path),
+            disk_errors(path),
             tempfile.TemporaryDirectory(dir=self._logs) as folder,
             atomic_write(path) as part,
         ):
@@ -233,7 +233,7 @@ class Profile:
             parts += ["", "sequence gradients of weights, in the last microbatch", *found]
         text = "\n".join(parts)
         path = self._logs / "profile.txt"
-        with written(path), atomic_write(path) as part:
+        with disk_errors(path), atomic_write(path) as part:
             part.write_text(text + "\n", encoding="utf-8")
         return f"{text}\n\nthe profile is in {self._logs}"
 
@@ -245,7 +245,7 @@ class Profile:
 class _Timers:
     """A stand-in for Megatron's timers, which opens a phase for those that it knows."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: StepProfiler) -> None:
         self._timers = {theirs: _Timer(profile, ours) for theirs, ours in _MEGATRON_TIMERS.items()}
         self._other = _Timer(profile, None)
 
@@ -254,7 +254,7 @@ class _Timers:
 
 
 class _Timer:
-    def __init__(self, profile: Profile, name: str | None) -> None:
+    def __init__(self, profile: StepProfiler, name: str | None) -> None:
         self._profile, self._name = profile, name
         self._phase: AbstractContextManager[None] | None = None
 

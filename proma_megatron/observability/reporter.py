@@ -27,7 +27,7 @@ class Reporter(Protocol):
     def close(self) -> None: ...
 
 
-class Silent:
+class NullReporter:
     """The reporter of every rank but the first."""
 
     def start(self, phase: str, total: int, completed: int = 0) -> None:
@@ -52,7 +52,7 @@ class Silent:
         pass
 
 
-class Live:
+class RunReporter:
     """Files of the run directory, and the terminal."""
 
     def __init__(self, name: str, run_dir: RunDir, steps: int) -> None:

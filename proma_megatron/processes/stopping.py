@@ -1,8 +1,8 @@
 """Stop a run early with everything saved: on a signal, or before a wall-clock limit.
 
-`StopSignals` notes what a rank was asked, `Stops` makes all ranks of one mind about it, and the
-trainer saves and raises `RunStopped`. All clocks are monotonic: setting the time changes nothing.
-Nothing here loads torch before it is needed.
+`StopSignals` notes what a rank was asked, `StopAgreement` makes all ranks of one mind about it, and
+the trainer saves and raises `RunStopped`. All clocks are monotonic: setting the time changes
+nothing. Nothing here loads torch before it is needed.
 """
 
 from __future__ import annotations
@@ -110,17 +110,17 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def clock_starts() -> None:
+def start_run_clock() -> None:
     """Begin, in the launcher, the minutes of the ranks that it will start."""
     os.environ[_STARTED] = str(time.monotonic())
 
 
-def clock_started() -> float:
+def run_clock_start() -> float:
     """Return when this rank's minutes began: with our launcher, else with its own process."""
     return float(os.environ.get(_STARTED, _LOADED) if LAUNCHED in os.environ else _LOADED)
 
 
-class Stops:
+class StopAgreement:
     """The ranks' common answer to whether the run should stop now.
 
     The time limit is by rank 0's clock alone: the run stops before a step that, if it and a save
@@ -140,7 +140,7 @@ class Stops:
 
         Args:
             max_minutes: the limit; None: none.
-            started: when it began to run, on ``clock``; `clock_started`.
+            started: when it began to run, on ``clock``; `run_clock_start`.
         """
         self._topology, self._signals = topology, signals
         self._max_minutes, self._started, self._clock = max_minutes, started, clock

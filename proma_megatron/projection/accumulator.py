@@ -28,21 +28,21 @@ from proma_megatron.projection.factors.embedding import Lookup, LookupFactors
 from proma_megatron.projection.factors.gemm import Gemm, TorchGemm, choose_gemm
 from proma_megatron.projection.factors.linear import LinearFactors
 from proma_megatron.projection.factors.materialization import (
-    Choice,
+    MaterializationChoice,
     Rates,
     agree_on_rates,
-    choose,
+    choose_materialization,
     describe,
 )
 from proma_megatron.projection.factors.vector import VectorFactors
 from proma_megatron.projection.factors.workspace import Workspace
-from proma_megatron.projection.fp8_gate import ValidityGate
+from proma_megatron.projection.fp8_gate import FP8Gate
 from proma_megatron.projection.grouping import CaptureGroups
 from proma_megatron.projection.sizes import kept_slices
 from proma_megatron.projection.tied import TiedTable
 from proma_megatron.projection.units import check_claims, units_of
 from proma_megatron.projection.updaters.registry import make_updater
-from proma_megatron.types import Microbatch, Sequences
+from proma_megatron.types import Microbatch, PackedSequences
 from proma_megatron.weights.shards import ParameterShard
 
 
@@ -90,7 +90,7 @@ class Accumulator:
         tied: bool,
         rates: Rates | None = None,
         gemm: Gemm | None = None,
-        gate: ValidityGate | None = None,
+        gate: FP8Gate | None = None,
     ) -> None:
         self.config = config
         self.watch: Callable[[str], AbstractContextManager[Any]] = nullcontext
@@ -117,7 +117,7 @@ class Accumulator:
         self.groups = CaptureGroups(
             self.solver, topology.tensor, self.workspace, self.shards.values(), self.tied
         )
-        self.choices: dict[str, Choice] = {}
+        self.choices: dict[str, MaterializationChoice] = {}
         self._seen: dict[int, int] = {}
         self._begun: set[int] = set()  # parameters that something has been added to
 
@@ -136,7 +136,7 @@ class Accumulator:
             tied=policy.model.tie_embeddings,
             rates=rates,
             gemm=choose_gemm(policy.backend, device, dtype, gradients),
-            gate=ValidityGate(config, dtype) if policy.model.fp8 != "none" else None,
+            gate=FP8Gate(config, dtype) if policy.model.fp8 != "none" else None,
         )
 
     @property
@@ -276,7 +276,7 @@ class Accumulator:
     def _dense(
         self,
         shard: ParameterShard,
-        sequences: Sequences,
+        sequences: PackedSequences,
         x: torch.Tensor,
         dy: torch.Tensor,
         lookup: Lookup | None = None,
@@ -287,7 +287,7 @@ class Accumulator:
         )
         if not self._asks_for_gradients(shard) or not sequences.count:
             return factors
-        choice = choose(
+        choice = choose_materialization(
             self.config.gradients,
             entries=shard.parameter.numel(),
             itemsize=dtype.itemsize,

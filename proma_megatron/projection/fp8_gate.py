@@ -43,7 +43,7 @@ from proma_megatron.projection.rules.isopo import precondition
 from proma_megatron.projection.rules.proma import all_finite, solve
 from proma_megatron.projection.units import Unit
 from proma_megatron.projection.updaters.proma import CUTOFFS
-from proma_megatron.types import Microbatch, Sequences
+from proma_megatron.types import Microbatch, PackedSequences
 from proma_megatron.weights.shards import Reduction
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # `layers.Operands`: X (T, in) and dY (T, out)
@@ -68,7 +68,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Figures:
+class GateFigures:
     """The same over all units, stages and replicas."""
 
     beta_error: float | None  # median over units; None: nothing was taken off anywhere
@@ -80,7 +80,7 @@ class Figures:
     cosine_worst: str
 
     @classmethod
-    def of(cls, differences: Sequence[Difference]) -> Figures | None:
+    def of(cls, differences: Sequence[Difference]) -> GateFigures | None:
         """Sum them up; None for none. One that is not finite makes the figures NaN, and is worst.
 
         Each replica has looked at a microbatch of its own: a unit counts once for each of them.
@@ -117,7 +117,7 @@ class Figures:
         return {key: value for key, value in found.items() if value is not None}
 
 
-def warning(figures: Figures, config: ProjectionConfig) -> str | None:
+def warning(figures: GateFigures, config: ProjectionConfig) -> str | None:
     """Write one sentence where a figure is beyond its threshold; None where all is well.
 
     With ``fp8_operands: bfloat16`` it says what FP8 operands would do, and to keep it so.
@@ -172,7 +172,7 @@ def _cosine(product: float, square: float, other: float) -> float:
 # --------------------------------------------------------------------------- the gate
 
 
-class ValidityGate:
+class FP8Gate:
     """Looks at one microbatch of a replica with both kinds of operands.
 
     In a step that is `due`, all ranks `arm` it, the accumulator hands over the weights of the
@@ -180,7 +180,7 @@ class ValidityGate:
     before it changes A; the order of weights and microbatches doesn't matter.
 
     Args:
-        dtype: the compute dtype, as for `Projecting`.
+        dtype: the compute dtype, as for `PromaUpdater`.
     """
 
     def __init__(self, config: ProjectionConfig, dtype: torch.dtype) -> None:
@@ -245,7 +245,7 @@ class ValidityGate:
         for unit, products in zip(projected, found, strict=True):
             self._seen[unit.name] = (unit, products)
 
-    def figures(self, topology: Topology) -> Figures | None:
+    def figures(self, topology: Topology) -> GateFigures | None:
         """Return what was seen since `arm`, the same on all ranks; disarm. A collective.
 
         None: no rank has seen anything.
@@ -253,7 +253,7 @@ class ValidityGate:
         mine = self._differences(topology.tensor)
         self.armed, self._wanted, self._seen = False, None, {}
         replicas = topology.gather_over_data(topology.gather_over_stages(mine))
-        return Figures.of([found for stages in replicas for stage in stages for found in stage])
+        return GateFigures.of([found for stages in replicas for stage in stages for found in stage])
 
     # ------------------------------------------------------------------ from M to figures
 
@@ -352,7 +352,7 @@ def _products(
     fp8: Pair,
     accumulated: torch.Tensor,
     units: Sequence[Rows],
-    sequences: Sequences,
+    sequences: PackedSequences,
     workspace: Workspace,
 ) -> list[torch.Tensor]:
     """Return M (2k + 1, 2k + 1) of each unit, float64, of this rank's entries."""
@@ -379,7 +379,9 @@ def _products(
     return list(sums)
 
 
-def _fill(out: torch.Tensor, operands: Pair, low: int, high: int, sequences: Sequences) -> None:
+def _fill(
+    out: torch.Tensor, operands: Pair, low: int, high: int, sequences: PackedSequences
+) -> None:
     """Fill in rows ``low`` to ``high`` of G (k, out, in), widened to its dtype one by one."""
     x, dy = operands
     for gradient, (start, stop) in zip(out, pairwise(sequences.offsets), strict=True):

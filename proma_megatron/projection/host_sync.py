@@ -4,7 +4,7 @@ Kernels run behind the host that launches them. What reads a value, or makes a s
 the host until they have caught up, and the device idles until the next launch: `nonzero`, `unique`,
 boolean masks as indices, `.item()`, copies of Python lists, and decompositions that check their
 outcome. Within a projected backward pass none of them is used where `asynchronous` says so, but for
-those that `Deflating` names. Elsewhere they stay, for they touch fewer numbers.
+those that `IntraPromaUpdater` names. Elsewhere they stay, for they touch fewer numbers.
 """
 
 from __future__ import annotations

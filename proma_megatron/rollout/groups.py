@@ -41,7 +41,7 @@ def sample_rollouts(
         Interrupted: as `generate` does.
     """
     wanted = [(prompt, sample) for prompt in prompts for sample in range(samples)]
-    # A prompt's place among those of all replicas, see `share`: the same in every layout.
+    # A prompt's place among those of all replicas (`shard_for_replica`): the same in every layout.
     axis = policy.topology.data
     start = first + axis.rank
     places = range(start, start + axis.size * len(prompts), axis.size)
@@ -102,7 +102,7 @@ def score_rollouts(
     ]
 
 
-def share(prompts: Sequence[Prompt], topology: Topology) -> list[Prompt]:
+def shard_for_replica(prompts: Sequence[Prompt], topology: Topology) -> list[Prompt]:
     """Return this replica's part of the prompts: every n-th."""
     return list(prompts[topology.data.rank :: topology.data.size])
 
@@ -114,7 +114,7 @@ def group(scored: Sequence[ScoredRollout], samples: int) -> list[RolloutGroup]:
     ]
 
 
-def describe(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Return rewards and lengths of a step's rollouts."""
     scored = [sample for found in groups for sample in found.samples]
     rewards = torch.tensor([sample.reward for sample in scored], dtype=torch.float64)
@@ -131,7 +131,7 @@ def describe(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     }
 
 
-def samples_of(groups: Sequence[RolloutGroup], count: int) -> tuple[dict[str, Any], ...]:
+def first_samples(groups: Sequence[RolloutGroup], count: int) -> tuple[dict[str, Any], ...]:
     """Return the first rollout of the first groups, for a reader."""
     chosen = [found.samples[0] for found in groups[:count]]
     return tuple(

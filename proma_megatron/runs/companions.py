@@ -15,7 +15,7 @@ from proma_megatron.data.hf_tokenizer import GENERATION_CONFIG, TOKENIZER_FILES
 from proma_megatron.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from proma_megatron.errors import ConfigError
 from proma_megatron.runs.directory import RunDir
-from proma_megatron.runs.policies import Saved
+from proma_megatron.runs.policies import PolicySource
 
 # Texts on which transformers must agree with the exported SentencePiece model.
 PROBES = ("Question: 12 + 30?\nAnswer:\n42", " two  spaces, a line\n\n and ünïcode ✓")
@@ -48,7 +48,7 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def write_companions(
-    out: Path, saved: Saved, tokenizer: Tokenizer, vocab_size: int, dtype: str
+    out: Path, saved: PolicySource, tokenizer: Tokenizer, vocab_size: int, dtype: str
 ) -> list[str]:
     """Write everything but the weights; return notes for the user.
 
@@ -75,7 +75,7 @@ def write_companions(
         settings = {**_special(tokenizer), "eos_token_id": stops if len(stops) > 1 else stops[0]}
         _write_json(out / GENERATION_CONFIG, settings)
     source = saved.config.tokenizer.path
-    assert source is not None, "open_saved names the tokenizer"
+    assert source is not None, "open_policy names the tokenizer"
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _write_sentencepiece(out, source, tokenizer)
     _copy(source, out, TOKENIZER_FILES)

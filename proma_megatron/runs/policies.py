@@ -16,14 +16,14 @@ from proma_megatron.runs.checkpoint_folder import MARKER
 from proma_megatron.runs.directory import RunDir
 
 # How a Hugging Face model is evaluated where nothing else is said: room for a whole solution.
-BARE: dict[str, Any] = {
+EVALUATION_DEFAULTS: dict[str, Any] = {
     "name": "evaluation",
     "rollout": {"max_prompt_tokens": 1024, "max_new_tokens": 2048},
 }
 
 
 @dataclass(frozen=True)
-class Saved:
+class PolicySource:
     """A policy that can be built: by a configuration, from a checkpoint or from Hugging Face."""
 
     config: RunConfig
@@ -39,7 +39,9 @@ class Saved:
         return self.checkpoint.name
 
 
-def open_saved(path: Path, overrides: Sequence[str] = (), settings: Path | None = None) -> Saved:
+def open_policy(
+    path: Path, overrides: Sequence[str] = (), settings: Path | None = None
+) -> PolicySource:
     """Open what is at ``path``, with its configuration and these overrides.
 
     A run's weights come from its checkpoint, the newest if ``path`` is the run itself, and its
@@ -53,7 +55,7 @@ def open_saved(path: Path, overrides: Sequence[str] = (), settings: Path | None 
         ConfigError: there is no policy at ``path``, or the configuration is not valid.
     """
     if (path / CONFIG).is_file():
-        tree = read_tree(settings) if settings is not None else BARE
+        tree = read_tree(settings) if settings is not None else EVALUATION_DEFAULTS
         model = tree.get("model", {"dtype": _stored_dtype(path)})
         compute = {
             key: value
@@ -61,14 +63,16 @@ def open_saved(path: Path, overrides: Sequence[str] = (), settings: Path | None 
             if key in ("dtype", "recompute")
         }
         tree = {**tree, "model": {**compute, "path": str(path)}}
-        return Saved(validate_config(apply_overrides(tree, overrides)), None, None)
+        return PolicySource(validate_config(apply_overrides(tree, overrides)), None, None)
     if settings is not None:
         raise ConfigError(
             f"--config is {settings}, but {path} is a run, which has its own; leave it out"
         )
     run, checkpoint = _find_run(path)
     tree = read_tree(run.config)
-    return Saved(validate_config(apply_overrides(_own(tree, run), overrides)), checkpoint, run)
+    return PolicySource(
+        validate_config(apply_overrides(_own(tree, run), overrides)), checkpoint, run
+    )
 
 
 def _stored_dtype(path: Path) -> str:

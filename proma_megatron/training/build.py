@@ -5,23 +5,23 @@ from __future__ import annotations
 from proma_megatron.checkpoints.random_state import seed_generators
 from proma_megatron.config.run import RunConfig
 from proma_megatron.data.demonstrations import Demonstrations
-from proma_megatron.data.loading import Data
+from proma_megatron.data.loading import RunData
 from proma_megatron.distributed.topology import Topology
-from proma_megatron.files import written
+from proma_megatron.files import disk_errors
 from proma_megatron.learner.divergences import Divergences
 from proma_megatron.learner.learner import Learner
-from proma_megatron.learner.references import References
+from proma_megatron.learner.references import ReferencePolicies
 from proma_megatron.model.build import build_policy
 from proma_megatron.model.policy import Policy
-from proma_megatron.observability.profiler import Off, Profile, Profiler
+from proma_megatron.observability.profiler import NullProfiler, Profiler, StepProfiler
 from proma_megatron.observability.reporter import Reporter
-from proma_megatron.processes.stopping import Stops
+from proma_megatron.processes.stopping import StopAgreement
 from proma_megatron.processes.watchdog import Phases
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.factors.materialization import Rates
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.runs.directory import RunDir
-from proma_megatron.training.checkpointing import Keeper
+from proma_megatron.training.checkpointing import Checkpointer
 from proma_megatron.training.collect import Collector
 from proma_megatron.training.context import StepContext
 from proma_megatron.training.progress import Progress
@@ -33,12 +33,12 @@ from proma_megatron.training.warm_start import WarmStart
 
 def build_run(
     config: RunConfig,
-    data: Data,
+    data: RunData,
     topology: Topology,
     run_dir: RunDir,
     reporter: Reporter,
     phases: Phases,
-    stops: Stops,
+    stops: StopAgreement,
 ) -> TrainingRun:
     """Build a run on this rank; all ranks do so together.
 
@@ -57,19 +57,19 @@ def build_run(
         distributed_optimizer=config.optimizer.distributed,
     )
     accumulator = _build_accumulator(config, policy, run_dir)
-    profiler: Profiler = Off()
+    profiler: Profiler = NullProfiler()
     if config.trainer.profile and topology.is_main:
         title = f"{config.name}: profile of rank 0 of {topology.world_size}"
-        profiler = Profile(run_dir.logs, title, topology.device)
+        profiler = StepProfiler(run_dir.logs, title, topology.device)
         profiler.observe(policy.config, accumulator)
     context = StepContext.of(config, topology, run_dir, reporter, phases, profiler, stops)
     learner = Learner(config, policy, accumulator, profiler.phase)
-    references = References(config, learner)
+    references = ReferencePolicies(config, learner)
     divergences = Divergences(config, learner, references.needs_step)
     demonstrations = Demonstrations(
         data.supervised, data.tokenizer, config.warm_start.guesses, config.seed
     )
-    keeper = Keeper(config, policy, run_dir, reporter, divergences.lagged)
+    keeper = Checkpointer(config, policy, run_dir, reporter, divergences.lagged)
     progress = Progress(context, keeper, data, demonstrations, references, divergences)
     validation = Validation(context, progress, policy, data, scorer)
     collector = Collector(context, policy, data, scorer)
@@ -92,6 +92,6 @@ def _build_accumulator(config: RunConfig, policy: Policy, run_dir: RunDir) -> Ac
     known = Rates.read(path) if is_main else None
     accumulator = Accumulator.of(policy, config.projection, rates=known)
     if is_main and known is None and accumulator.rates is not None:
-        with written(path):
+        with disk_errors(path):
             accumulator.rates.write(path)
     return accumulator

@@ -13,11 +13,11 @@ from proma_megatron.checkpoints.compatibility import (
     why_no_scaling,
 )
 from proma_megatron.checkpoints.loading import load_checkpoint
-from proma_megatron.checkpoints.saving import Retention, Saved, Saver
+from proma_megatron.checkpoints.saving import Retention, Saver, SaveReport
 from proma_megatron.checkpoints.sharded import Contents
 from proma_megatron.config.run import RunConfig
 from proma_megatron.learner.optimizer import Optimizer
-from proma_megatron.learner.snapshots import RunningMean
+from proma_megatron.learner.snapshots import LaggedMean
 from proma_megatron.model.policy import DTYPES, Policy
 from proma_megatron.observability.reporter import Reporter
 from proma_megatron.runs.checkpoint_folder import (
@@ -37,7 +37,7 @@ from proma_megatron.runs.directory import RunDir
 from proma_megatron.training.position import Position
 
 
-class Keeper:
+class Checkpointer:
     """The keeper of the run's position and weights, which takes them up again. On every rank.
 
     Args:
@@ -50,7 +50,7 @@ class Keeper:
         policy: Policy,
         run_dir: RunDir,
         reporter: Reporter,
-        lagged: RunningMean | None,
+        lagged: LaggedMean | None,
     ) -> None:
         self.config, self.policy, self.lagged = config, policy, lagged
         self.run_dir, self.reporter = run_dir, reporter
@@ -145,7 +145,7 @@ class Keeper:
         """Complete the checkpoint that is being written, if there is one."""
         self.saver.finish()
 
-    def _saved(self, saved: Saved) -> None:
+    def _saved(self, saved: SaveReport) -> None:
         self._longest = max(self._longest, saved.seconds)
         self.reporter.message(str(saved))
 
@@ -163,7 +163,7 @@ class Keeper:
         assert found is not None, "prepare_run_dir refuses to resume without a checkpoint"
         return found
 
-    def _contents(self, optimizer: Optimizer | None, lagged: RunningMean | None) -> Contents:
+    def _contents(self, optimizer: Optimizer | None, lagged: LaggedMean | None) -> Contents:
         delayed = self.policy.model.fp8 == "delayed"
         return Contents(self.policy, optimizer, lagged, random=True, scaling=delayed)
 

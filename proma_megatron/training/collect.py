@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from proma_megatron.data.loading import Data
+from proma_megatron.data.loading import RunData
 from proma_megatron.errors import RewardError
-from proma_megatron.files import write_rows, written
+from proma_megatron.files import disk_errors, write_rows
 from proma_megatron.model.policy import Policy
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.rollout.engine import Interrupted, SamplingOptions
-from proma_megatron.rollout.groups import describe, group, sample_rollouts, score_rollouts, share
+from proma_megatron.rollout.groups import (
+    group,
+    rollout_metrics,
+    sample_rollouts,
+    score_rollouts,
+    shard_for_replica,
+)
 from proma_megatron.rollout.selection import choose, informative
 from proma_megatron.training.context import StepContext
 from proma_megatron.types import Prompt, Rollout, RolloutGroup
@@ -19,7 +25,7 @@ from proma_megatron.types import Prompt, Rollout, RolloutGroup
 class Collector:
     """Rollouts of the run's current policy, for training. Every rank has one."""
 
-    def __init__(self, context: StepContext, policy: Policy, data: Data, scorer: Scorer) -> None:
+    def __init__(self, context: StepContext, policy: Policy, data: RunData, scorer: Scorer) -> None:
         self.context, self.config, self.run_dir = context, context.config, context.run_dir
         self.policy, self.topology = policy, policy.topology
         self.data, self.scorer = data, scorer
@@ -58,7 +64,7 @@ class Collector:
             found = len(informative(sampled))
             if found >= wanted:
                 break
-        metrics = describe(sampled)
+        metrics = rollout_metrics(sampled)
         if self.config.rollout.resampling_rounds:
             metrics["rollout/rounds"] = len(sampled) / wanted
             metrics["rollout/informative"] = min(found, wanted) / wanted
@@ -70,7 +76,7 @@ class Collector:
             return sample_rollouts(
                 self.policy,
                 self.data.tokenizer,
-                share(prompts, self.topology),
+                shard_for_replica(prompts, self.topology),
                 self.config.rollout.samples_per_prompt,
                 self.sampling,
                 seed=self.config.seed,
@@ -107,5 +113,5 @@ class Collector:
                 for rollout in everything
             )
             path = self.run_dir.unscored(step)
-            with written(path):
+            with disk_errors(path):
                 write_rows(path, rows)

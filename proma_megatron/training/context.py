@@ -11,7 +11,7 @@ from proma_megatron.distributed.topology import Topology
 from proma_megatron.observability.profiler import Profiler
 from proma_megatron.observability.reporter import Reporter
 from proma_megatron.observability.timing import Stopwatch
-from proma_megatron.processes.stopping import Stops
+from proma_megatron.processes.stopping import StopAgreement
 from proma_megatron.processes.watchdog import Phases
 from proma_megatron.runs.directory import RunDir
 
@@ -37,7 +37,7 @@ class StepContext:
     phases: Phases
     profiler: Profiler
     stopwatch: Stopwatch
-    stops: Stops
+    stops: StopAgreement
 
     @classmethod
     def of(
@@ -48,7 +48,7 @@ class StepContext:
         reporter: Reporter,
         phases: Phases,
         profiler: Profiler,
-        stops: Stops,
+        stops: StopAgreement,
     ) -> StepContext:
         """Make one whose stopwatch tells watchdog and profiler of each phase that it times."""
 

@@ -7,14 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from proma_megatron.data.demonstrations import Demonstrations
-from proma_megatron.data.loading import Data
+from proma_megatron.data.loading import RunData
 from proma_megatron.errors import NonFiniteError
-from proma_megatron.files import written
+from proma_megatron.files import disk_errors
 from proma_megatron.learner.divergences import Divergences
-from proma_megatron.learner.nonfinite import Offence, dump
+from proma_megatron.learner.nonfinite import NonFiniteEvent, dump
 from proma_megatron.learner.optimizer import Optimizer
-from proma_megatron.learner.references import References
-from proma_megatron.training.checkpointing import Keeper
+from proma_megatron.learner.references import ReferencePolicies
+from proma_megatron.training.checkpointing import Checkpointer
 from proma_megatron.training.context import StepContext, Stopping
 from proma_megatron.training.position import Position
 from proma_megatron.types import StepReport
@@ -38,10 +38,10 @@ class Progress:
     def __init__(
         self,
         context: StepContext,
-        keeper: Keeper,
-        data: Data,
+        keeper: Checkpointer,
+        data: RunData,
         demonstrations: Demonstrations,
-        references: References,
+        references: ReferencePolicies,
         divergences: Divergences,
     ) -> None:
         self.context, self.keeper = context, keeper
@@ -108,7 +108,7 @@ class Progress:
         phase: str,
         step: int,
         metrics: Mapping[str, float],
-        offences: list[Offence],
+        offences: list[NonFiniteEvent],
         updates: int = 1,
     ) -> None:
         """Count steps without any update, and write down what was to blame for a skipped one.
@@ -124,7 +124,7 @@ class Progress:
                 step, offence.minibatch, offence.replica, offence.microbatch, phase
             )
             if self.context.topology.is_main:
-                with written(path):
+                with disk_errors(path):
                     dump(offence, path)
             self.context.say(
                 f"skipped an update of step {step}: the {offence.what} of a microbatch is not "

@@ -9,10 +9,10 @@ from proma_megatron.advantages.registry import advantages
 from proma_megatron.config.sections import normalizes_std
 from proma_megatron.learner.divergences import Divergences, due
 from proma_megatron.learner.learner import Learner
-from proma_megatron.learner.references import Batch, References
+from proma_megatron.learner.references import Batch, ReferencePolicies
 from proma_megatron.learner.snapshots import WeightSnapshot
 from proma_megatron.projection.fp8_gate import warning
-from proma_megatron.rollout.groups import samples_of
+from proma_megatron.rollout.groups import first_samples
 from proma_megatron.training.collect import Collector
 from proma_megatron.training.context import StepContext
 from proma_megatron.training.progress import Progress
@@ -32,7 +32,7 @@ class RLStep:
         context: StepContext,
         progress: Progress,
         collector: Collector,
-        references: References,
+        references: ReferencePolicies,
         divergences: Divergences,
         learner: Learner,
         validation: Validation,
@@ -74,7 +74,7 @@ class RLStep:
                 self.references.adapt(metrics)
         self._count_tokens(metrics)
         metrics |= context.stopwatch.seconds()
-        samples = samples_of(groups, context.config.trainer.log_samples)
+        samples = first_samples(groups, context.config.trainer.log_samples)
         self.conclude(StepReport(step, metrics, samples))
 
     def conclude(self, report: StepReport) -> None:

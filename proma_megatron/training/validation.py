@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from proma_megatron.data.loading import Data
+from proma_megatron.data.loading import RunData
 from proma_megatron.evaluation.evaluate import evaluate
-from proma_megatron.files import atomic_write, write_rows, written
+from proma_megatron.files import atomic_write, disk_errors, write_rows
 from proma_megatron.model.policy import Policy
 from proma_megatron.rewards.pool import Scorer
 from proma_megatron.training.context import StepContext
@@ -15,7 +15,12 @@ class Validation:
     """Samples of the policy on the validation split. Every rank has one."""
 
     def __init__(
-        self, context: StepContext, progress: Progress, policy: Policy, data: Data, scorer: Scorer
+        self,
+        context: StepContext,
+        progress: Progress,
+        policy: Policy,
+        data: RunData,
+        scorer: Scorer,
     ) -> None:
         self.context, self.progress = context, progress
         self.policy, self.data, self.scorer = policy, data, scorer
@@ -39,6 +44,6 @@ class Validation:
         )
         if self.context.topology.is_main:
             path = self.context.run_dir.evaluation(step)
-            with written(path), atomic_write(path) as part:
+            with disk_errors(path), atomic_write(path) as part:
                 write_rows(part, found.rows())
         return {f"validation/{name}": value for name, value in found.metrics().items()}

@@ -25,7 +25,7 @@ from proma_megatron.config.run import RunConfig
 from proma_megatron.errors import ConfigError, WorkerError
 from proma_megatron.runs.checkpoint_folder import MARKER
 from proma_megatron.runs.directory import RunDir
-from proma_megatron.runs.policies import Saved
+from proma_megatron.runs.policies import PolicySource
 
 CHECK_RUN = launcher.check_run
 ROOT = Path(__file__).parents[2]
@@ -277,7 +277,7 @@ class Recorder:
         _start(config, config.trainer.steps)
         assert run_dir.latest_checkpoint() is not None
 
-    def export(self, saved: Saved, out: Path, dtype: None, shard_size: str) -> None:
+    def export(self, saved: PolicySource, out: Path, dtype: None, shard_size: str) -> None:
         assert saved.checkpoint is not None
         self.calls.append(("export", saved.config.name))
         _policy(out)

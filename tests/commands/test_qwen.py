@@ -28,7 +28,7 @@ from proma_megatron.errors import ConfigError, WorkerError
 from proma_megatron.processes.elastic import starting_ranks
 from proma_megatron.runs.companions import keep_companions, write_companions
 from proma_megatron.runs.directory import RunDir
-from proma_megatron.runs.policies import Saved, open_saved
+from proma_megatron.runs.policies import PolicySource, open_policy
 
 SAMPLE = Path(__file__).parents[2] / "configs" / "sample"
 SEQUENCES = [[5, 300, 12, 7, 7, 201, 90], [44, 3, 330, 18]]
@@ -193,7 +193,7 @@ def test_what_was_imported_is_exported_bit_by_bit(trained: Path, model: Path) ->
     out.mkdir()
     for name in ("config.json", "model-00001-of-00002.safetensors"):
         (out / name).write_text("of an earlier export")
-    first = open_saved(trained / "checkpoints" / "step_000000")
+    first = open_policy(trained / "checkpoints" / "step_000000")
     export(first, out, None, "5GB", overwrite=True)
     assert not (out / "model-00001-of-00002.safetensors").exists()
     assert not list(out.parent.glob(".first.*"))
@@ -207,7 +207,7 @@ def test_an_export_fills_an_empty_directory_and_converts(
     trained: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    export(open_saved(trained), Path(), "bfloat16", "5GB")
+    export(open_policy(trained), Path(), "bfloat16", "5GB")
     found = load_file(tmp_path / "model.safetensors")
     for file in exported.glob("*.safetensors"):
         for name, value in load_file(file).items():
@@ -230,9 +230,9 @@ def test_export_refuses_what_it_would_overwrite_or_not_do(
         (trained, new / "in" / "nothing", "5GB", "there is no directory"),
     ):
         with pytest.raises(ConfigError, match=part):
-            export(open_saved(source), out, None, size)
+            export(open_policy(source), out, None, size)
     with pytest.raises(ConfigError, match="exists already"):  # it is no export
-        export(open_saved(trained), tmp_path, None, "5GB", overwrite=True)
+        export(open_policy(trained), tmp_path, None, "5GB", overwrite=True)
     assert list(tmp_path.iterdir()) == [tmp_path / "notes"]
 
 
@@ -241,7 +241,7 @@ def test_an_export_that_fails_leaves_nothing(trained: Path, tmp_path: Path) -> N
         raise WorkerError("rank 0 failed")
 
     with starting_ranks(fail), pytest.raises(WorkerError):
-        export(open_saved(trained), tmp_path / "out", None, "5GB")
+        export(open_policy(trained), tmp_path / "out", None, "5GB")
     assert not list(tmp_path.iterdir())
 
 
@@ -254,7 +254,7 @@ def test_evaluation_counts_what_it_wrote(
 ) -> None:
     out, data = tmp_path / "all.jsonl", SAMPLE / "validation.jsonl"
     monkeypatch.syspath_prepend(trained.parents[1])
-    saved = open_saved(trained, ["evaluation.samples=4", "parallel.pipeline=1"])
+    saved = open_policy(trained, ["evaluation.samples=4", "parallel.pipeline=1"])
     evaluate_saved(saved, data, out, overwrite=False)
     figures = json.loads(capfd.readouterr().out.splitlines()[-1])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -271,7 +271,7 @@ def test_evaluation_counts_what_it_wrote(
     # Samples of a problem differ, and a second run gives the same ones.
     assert len({row["completion"] for row in rows if row["problem"] == rows[0]["problem"]}) > 1
     with pytest.raises(ConfigError, match=r"all\.jsonl exists already; give another"):
-        evaluate_saved(open_saved(trained), SAMPLE / "validation.jsonl", out, overwrite=False)
+        evaluate_saved(open_policy(trained), SAMPLE / "validation.jsonl", out, overwrite=False)
 
 
 KEPT = ("problem", "sample", "completion", "tokens", "finished")
@@ -288,7 +288,7 @@ def test_validation_is_the_same_code_in_every_layout(trained: Path, tmp_path: Pa
     """What the run wrote after its last step is what `proma eval` finds there, greedily."""
     data, step = SAMPLE / "validation.jsonl", trained / "evaluation" / "step_000002.jsonl"
     for parallel in ([], [*LAYOUT, "parallel.data=2"]):
-        saved = open_saved(trained, [*PLAIN_REWARD, *parallel])
+        saved = open_policy(trained, [*PLAIN_REWARD, *parallel])
         evaluate_saved(saved, data, tmp_path / "again.jsonl", overwrite=True)
         assert completions(tmp_path / "again.jsonl") == completions(step)
     row = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
@@ -306,7 +306,7 @@ def test_samples_do_not_depend_on_the_layout(trained: Path, tmp_path: Path) -> N
     for parallel in ([], ["rollout.batch_size=6"], ["rollout.batch_size=6", "parallel.data=2"]):
         changes = ["evaluation.samples=3", *PLAIN_REWARD, *LAYOUT, *parallel]
         changes.append("rollout.max_prompt_tokens=300")
-        evaluate_saved(open_saved(trained, changes), data, out, overwrite=True)
+        evaluate_saved(open_policy(trained, changes), data, out, overwrite=True)
         found.append(completions(out))
     assert len(found[0]) == 15
     assert found[0] == found[1] == found[2]
@@ -320,7 +320,7 @@ def test_a_models_evaluation_takes_prompts_and_rewards_from_a_configuration(
         "name: math\nprompt: {instruction: Box it.}\nmodel: {dtype: float64, layers: 9}\n"
         "rollout: {max_prompt_tokens: 200, max_new_tokens: 4}\n"
     )
-    saved = open_saved(model, ["parallel.tensor=2"], tmp_path / "run.yaml")
+    saved = open_policy(model, ["parallel.tensor=2"], tmp_path / "run.yaml")
     assert (saved.config.model.dtype, saved.config.model.layers) == ("float64", 4)
     data, out = SAMPLE / "validation.jsonl", tmp_path / "all.jsonl"
     assert default_output(saved, data) == Path("eval_Tiny_validation.jsonl")
@@ -329,7 +329,7 @@ def test_a_models_evaluation_takes_prompts_and_rewards_from_a_configuration(
     assert len(rows) == 16
     assert all("Box it.<|im_end|>" in row["prompt"] for row in rows)
     with pytest.raises(ConfigError, match="which has its own; leave it out"):
-        open_saved(tmp_path, [], tmp_path / "run.yaml")
+        open_policy(tmp_path, [], tmp_path / "run.yaml")
 
 
 # --------------------------------------------------------------------------- bad input
@@ -446,7 +446,7 @@ def test_a_policy_with_another_models_tokenizer_is_exported_with_its_own_shape(
     assert (run.huggingface / "config.json").is_file()
     (tmp_path / "out").mkdir()
     tokenizer = load_tokenizer(config, run.tokenizer, [])
-    saved = Saved(config, run.checkpoint(0), run)
+    saved = PolicySource(config, run.checkpoint(0), run)
     write_companions(tmp_path / "out", saved, tokenizer, tokenizer.vocab_size, "float32")
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (fields["hidden_size"], fields["num_hidden_layers"]) == (64, 1)

@@ -89,10 +89,10 @@ def test_stopped_anywhere_it_loses_nothing(
 
 def an_hour_passes() -> None:
     """For whoever asks how much time is left."""
-    from proma_megatron.processes.stopping import Stops
+    from proma_megatron.processes.stopping import StopAgreement
 
-    before = Stops.time_left
-    Stops.time_left = lambda self: before(self) - 3600  # type: ignore[method-assign]
+    before = StopAgreement.time_left
+    StopAgreement.time_left = lambda self: before(self) - 3600  # type: ignore[method-assign]
 
 
 def test_out_of_time_it_loses_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from proma_megatron.config.loading import apply_overrides, validate_config
 from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.learner.learner import Learner
-from proma_megatron.learner.nonfinite import Offence, dump
-from proma_megatron.learner.references import References
+from proma_megatron.learner.nonfinite import NonFiniteEvent, dump
+from proma_megatron.learner.references import ReferencePolicies
 from proma_megatron.runs.directory import RunDir
 from proma_megatron.types import TrainingSequence
 
@@ -92,7 +92,7 @@ def same(left: Tensors, right: Tensors) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def described(offence: Offence) -> tuple[Any, ...]:
+def described(offence: NonFiniteEvent) -> tuple[Any, ...]:
     counts = [len(microbatch) for microbatch in offence.microbatches]
     return offence.what, offence.replica, offence.minibatch, offence.microbatch, counts
 
@@ -322,7 +322,7 @@ def test_a_run_with_a_broken_policy_goes_on(
 def test_a_skipped_step_moves_no_coefficient() -> None:
     loss = {"kl": {"coefficient": 1, "reference": "rollout", "target": 0.1}}
     config = learning(SMALL, ParallelConfig(), {"algorithm": "ppo", "loss": loss})
-    references = References(config, cast(Learner, None))
+    references = ReferencePolicies(config, cast(Learner, None))
     still = {"policy/kl_step": 0.0}
     references.adapt({**still, "optimizer/skipped": 1.0})
     assert references.coefficient == 1

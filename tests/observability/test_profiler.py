@@ -12,7 +12,7 @@ from support.pool import WorkerPool
 from support.pooled import TINY_RUN, rl_rows, run_in_pool
 
 from proma_megatron.config.loading import load_config
-from proma_megatron.observability.profiler import Profile
+from proma_megatron.observability.profiler import StepProfiler
 from proma_megatron.runs.directory import RunDir
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
     return [line.split() for line in below.splitlines()[1:]]
 
 
-def one_step(profile: Profile, clock: Clock, scale: float) -> None:
+def one_step(profile: StepProfiler, clock: Clock, scale: float) -> None:
     with profile.phase("step"):
         with profile.phase("rollout"):
             clock.now += 3 * scale
@@ -50,7 +50,7 @@ def one_step(profile: Profile, clock: Clock, scale: float) -> None:
 def told(tmp_path: Path) -> str:
     """The profile of five steps: the first and the traced one are slow."""
     clock = Clock()
-    profile = Profile(tmp_path, "title", CPU, clock)
+    profile = StepProfiler(tmp_path, "title", CPU, clock)
     with profile.phase("warm_start"):
         clock.now += 5
     for step, scale in enumerate((100.0, 200.0, 1.0, 2.0, 3.0), start=7):
@@ -87,7 +87,7 @@ def test_one_step_is_traced(told: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("steps", "traced"), [(1, 1), (2, 2)])
 def test_a_short_run_is_traced_as_well(tmp_path: Path, steps: int, traced: int) -> None:
     clock = Clock()
-    profile = Profile(tmp_path, "title", CPU, clock)
+    profile = StepProfiler(tmp_path, "title", CPU, clock)
     for step in range(1, steps + 1):
         with profile.step(step, last=step == steps):
             one_step(profile, clock, 1.0)

@@ -27,11 +27,11 @@ from proma_megatron.processes.elastic import start_ranks
 from proma_megatron.processes.failures import LAUNCHED
 from proma_megatron.processes.signals import Forwarder
 from proma_megatron.processes.stopping import (
-    Stops,
+    StopAgreement,
     StopSignals,
-    clock_started,
-    clock_starts,
     read_stop,
+    run_clock_start,
+    start_run_clock,
     write_stop,
 )
 
@@ -104,9 +104,9 @@ class Clock:
         return self.now
 
 
-def alone(clock: Clock, minutes: float | None) -> Stops:
+def alone(clock: Clock, minutes: float | None) -> StopAgreement:
     topology: Any = SimpleNamespace(world_size=1, is_main=True)
-    return Stops(topology, StopSignals(), minutes, started=clock.now, clock=clock)
+    return StopAgreement(topology, StopSignals(), minutes, started=clock.now, clock=clock)
 
 
 def test_a_step_that_would_end_too_late_is_not_begun() -> None:
@@ -151,12 +151,12 @@ def test_without_a_limit_nothing_is_late() -> None:
 
 
 def test_the_minutes_begin_with_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = clock_started()
+    own = run_clock_start()
     assert own < time.monotonic()
-    clock_starts()
-    assert clock_started() == own  # a rank of torchrun
+    start_run_clock()
+    assert run_clock_start() == own  # a rank of torchrun
     monkeypatch.setenv(LAUNCHED, "1")
-    assert 0 <= time.monotonic() - clock_started() < 5
+    assert 0 <= time.monotonic() - run_clock_start() < 5
 
 
 # --------------------------------------------------------------------------- of one mind

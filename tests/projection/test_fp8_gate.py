@@ -18,7 +18,7 @@ from proma_megatron.config.model import ParallelConfig
 from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.projection.factors.contraction import Rows
 from proma_megatron.projection.factors.workspace import Workspace
-from proma_megatron.projection.fp8_gate import Difference, Figures, Pair, ValidityGate, warning
+from proma_megatron.projection.fp8_gate import Difference, FP8Gate, GateFigures, Pair, warning
 from proma_megatron.weights.shards import Reduction
 
 QKV: dict[str, Rows] = {  # two tensor ranks cut it in halves, and the second has no row of k
@@ -128,7 +128,7 @@ def near(value: dict[str, float], absolute: float = 1e-12) -> Any:
     return pytest.approx(value, rel=1e-7, abs=absolute)
 
 
-def found(given: Case, config: ProjectionConfig, **options: Any) -> Figures:
+def found(given: Case, config: ProjectionConfig, **options: Any) -> GateFigures:
     figures = looked(given, config, alone(), **options)
     assert figures is not None
     return figures
@@ -235,7 +235,7 @@ def test_tokens_of_no_sequence_and_what_is_not_projected_count_nowhere() -> None
 
     bad = tuple(replace(w, operands=spoiled(w.operands), fp8=spoiled(w.fp8)) for w in given.weights)
     assert found(replace(given, weights=bad), settings()) == found(given, settings())
-    gate, microbatch = ValidityGate(settings(), torch.float64), given.microbatch()
+    gate, microbatch = FP8Gate(settings(), torch.float64), given.microbatch()
     gate.arm([microbatch])
     for of in given.weights:
         units = of.shard_units(projected=False)
@@ -308,7 +308,7 @@ def test_what_is_not_finite_on_one_rank_is_told_on_all(workers: WorkerPool, rule
 
 def test_it_is_due_at_the_first_step_and_every_few() -> None:
     def steps(every: int, first: int) -> list[int]:
-        gate = ValidityGate(settings(fp8_gate_every=every), torch.float64)
+        gate = FP8Gate(settings(fp8_gate_every=every), torch.float64)
         return [step for step in range(first, first + 10) if gate.due(step) and gate.due(step)]
 
     assert steps(4, 1) == [1, 4, 8]
@@ -325,7 +325,7 @@ def test_the_second_microbatch_with_sequences_is_looked_at(
 ) -> None:
     """Where there is only one, that one; captures of any number come again and again."""
     microbatches = [packed((3,) * k, index, (1.0,) * k) for index, k in enumerate(counts)]
-    gate = ValidityGate(settings(), torch.float64)
+    gate = FP8Gate(settings(), torch.float64)
     assert not gate.armed
     assert not any(map(gate.wants, microbatches))
     gate.arm(microbatches)
@@ -342,7 +342,7 @@ def test_the_second_microbatch_with_sequences_is_looked_at(
 # --------------------------------------------------------------------------- warnings
 
 WORST = "model.layers.3.self_attn.k_proj.weight"
-BAD = Figures(0.31, 0.62, WORST, 0.2, 0.97, 0.9, "model.layers.5.mlp.up_proj.weight")
+BAD = GateFigures(0.31, 0.62, WORST, 0.2, 0.97, 0.9, "model.layers.5.mlp.up_proj.weight")
 
 
 def test_a_warning_names_value_key_and_fix() -> None:

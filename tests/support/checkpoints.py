@@ -18,7 +18,7 @@ from proma_megatron.batching.packing import pack
 from proma_megatron.checkpoints import saving
 from proma_megatron.checkpoints.compatibility import layout_of, optimizer_of, shape_of
 from proma_megatron.checkpoints.loading import load_checkpoint
-from proma_megatron.checkpoints.saving import Retention, Saved, Saver
+from proma_megatron.checkpoints.saving import Retention, Saver, SaveReport
 from proma_megatron.checkpoints.sharded import Contents
 from proma_megatron.config.model import ModelConfig, ParallelConfig
 from proma_megatron.config.trainer import OptimizerConfig
@@ -255,7 +255,7 @@ def save_and_fail(device: torch.device, folder: Path, failing: int) -> str:
 
 def save_without_links(device: torch.device, folder: Path) -> str:
     """Two checkpoints of which one is to stay, the second where no links can be made."""
-    said: list[Saved] = []
+    said: list[SaveReport] = []
     with layout(ParallelConfig(), device, seed=0) as topology:
         policy = build_policy(TINY, VOCAB, 64, topology, seed=1)
         retention = Retention(keep_last=1)

@@ -24,9 +24,9 @@ from proma_megatron.losses.options import UNIT
 from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
 from proma_megatron.projection.factors.gemm import ApexGemm, TransformerEngineGemm
-from proma_megatron.projection.fp8_gate import Figures
+from proma_megatron.projection.fp8_gate import GateFigures
 from proma_megatron.projection.rules.proma import Rule, solve
-from proma_megatron.types import Sequences
+from proma_megatron.types import PackedSequences
 from support.engines import Engine
 from support.gradients import Batch, _main_grads, _policy
 
@@ -127,7 +127,7 @@ def gradients_of_rounded_weights(
 
 def gate_figures(
     device: torch.device, model: ModelConfig, projection: ProjectionConfig, batch: Batch
-) -> Figures | None:
+) -> GateFigures | None:
     """What the validity gate says of one pass."""
     _forget_scales(model)
     with _rounded(device, model) as policy:
@@ -162,7 +162,7 @@ def products(
     """
     generator = torch.Generator().manual_seed(0)
     total, width, height = sum(lengths) + 3, 96, 160
-    sequences = Sequences.of(lengths, total, device)
+    sequences = PackedSequences.of(lengths, total, device)
     x = torch.randn(total, width, generator=generator).bfloat16()
     dy = torch.randn(total, height, generator=generator).bfloat16()
     start = torch.randn(height, width, generator=generator)

@@ -15,9 +15,9 @@ from proma_megatron.config.run import RunConfig
 from proma_megatron.distributed.topology import Topology, layout
 from proma_megatron.learner.divergences import Divergences
 from proma_megatron.learner.learner import Learner
-from proma_megatron.learner.references import References
+from proma_megatron.learner.references import ReferencePolicies
 from proma_megatron.learner.schedule import Sums
-from proma_megatron.learner.snapshots import RunningMean, WeightSnapshot
+from proma_megatron.learner.snapshots import LaggedMean, WeightSnapshot
 from proma_megatron.model.build import build_policy
 from proma_megatron.model.policy import Policy
 from proma_megatron.projection.accumulator import Accumulator
@@ -98,7 +98,7 @@ def looks(
         }
         config = learning(model, parallel, tree)
         learner = Learner(config, policy)
-        references = References(config, learner)
+        references = ReferencePolicies(config, learner)
         divergences = Divergences(config, learner, of_every_step=True)
         initial = divergences.initial = WeightSnapshot(policy)
         before = learner.logprobs(sequences)
@@ -141,7 +141,7 @@ def running_mean(
     """Largest error of the running mean of moved weights after each move, and its count."""
     with layout(ParallelConfig(), device, SEED) as topology:
         policy = _policy(model, topology)
-        mean = RunningMean(policy, steps)
+        mean = LaggedMean(policy, steps)
         start = [shard.parameter.detach().clone() for shard in policy.shards]
         expected, errors, counts = 0.0, [], []
         for index, shift in enumerate(shifts):

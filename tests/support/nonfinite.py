@@ -19,7 +19,7 @@ from proma_megatron.distributed.topology import Topology, layout
 from proma_megatron.learner import minibatch
 from proma_megatron.learner.gradients import projected_gradients
 from proma_megatron.learner.learner import Learner
-from proma_megatron.learner.nonfinite import Offence, dump
+from proma_megatron.learner.nonfinite import NonFiniteEvent, dump
 from proma_megatron.learner.optimizer import Optimizer
 from proma_megatron.model.build import build_policy
 from proma_megatron.model.policy import Policy
@@ -48,7 +48,7 @@ class Left:
     """What `Case.then` has left behind."""
 
     metrics: dict[str, float]
-    offences: list[Offence]
+    offences: list[NonFiniteEvent]
     unchanged: bool  # weights, Adam's state and schedule, on this rank
     weights: Tensors  # on rank 0
     passes: int  # through the schedule
@@ -165,7 +165,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def replayed(
-    device: torch.device, model: ModelConfig, offences: Sequence[Offence], projection: Any
+    device: torch.device, model: ModelConfig, offences: Sequence[NonFiniteEvent], projection: Any
 ) -> list[tuple[list[int], bool]]:
     """Each offence dumped, read and accumulated by one process at the seed's weights.
 

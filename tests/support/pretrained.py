@@ -108,10 +108,10 @@ def logprobs_of(
     device: torch.device, run: Path, parallel: Layout, sequences: Sequence[list[int]]
 ) -> torch.Tensor | None:
     """The trainer's log-probabilities of each next token, from a run's newest checkpoint."""
-    from proma_megatron.runs.policies import open_saved
+    from proma_megatron.runs.policies import open_policy
 
     changes = [f"parallel.{key}={value}" for key, value in parallel.items()]
-    saved = open_saved(run, changes)
+    saved = open_policy(run, changes)
     with layout(saved.config.parallel, device, 0) as topology:
         policy = load_policy(saved.config, 0, saved.checkpoint, topology)
         microbatch = _microbatch(policy, sequences)

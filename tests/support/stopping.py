@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from proma_megatron.config.model import ParallelConfig
 from proma_megatron.distributed.topology import layout
-from proma_megatron.processes.stopping import Stops, StopSignals
+from proma_megatron.processes.stopping import StopAgreement, StopSignals
 
 
 def agreement(
@@ -24,7 +24,7 @@ def agreement(
         if topology.rank == asked:
             signals.reason = "SIGTERM"
         now = 61.0 if topology.rank == late else 0.0
-        stops = Stops(topology, signals, max_minutes=1, started=0.0, clock=lambda: now)
+        stops = StopAgreement(topology, signals, max_minutes=1, started=0.0, clock=lambda: now)
         answers = [stops.agreed_within_replica(), stops.agreed()]
         signals.reason = None
         now = 0.0

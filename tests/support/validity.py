@@ -15,7 +15,7 @@ from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Axis, Topology, layout
 from proma_megatron.projection.factors.contraction import Rows
 from proma_megatron.projection.factors.workspace import Workspace
-from proma_megatron.projection.fp8_gate import Figures, Pair, ValidityGate
+from proma_megatron.projection.fp8_gate import FP8Gate, GateFigures, Pair
 from proma_megatron.projection.units import Unit
 from proma_megatron.types import Microbatch, TrainingSequence
 from proma_megatron.weights.shards import ParameterShard, Reduction
@@ -130,9 +130,9 @@ def looked(
     *,
     workspace: Workspace | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Figures | None:
+) -> GateFigures | None:
     """A gate's figures of this rank's part of ``case``: its stage's weights, its tensor rank's."""
-    gate = ValidityGate(config, dtype)
+    gate = FP8Gate(config, dtype)
     microbatch = case.microbatch()
     gate.arm([microbatch])
     assert gate.wants(microbatch)
@@ -152,7 +152,7 @@ def looked(
 
 def looked_together(
     device: torch.device, cases: list[Case], config: ProjectionConfig, parallel: ParallelConfig
-) -> Figures | None:
+) -> GateFigures | None:
     """A replica each for the cases; what this rank is told."""
     with layout(parallel, device, seed=0) as topology:
         return looked(cases[topology.data.rank], config, topology)

@@ -140,9 +140,9 @@ def _from_one_policy(comparison: Comparison) -> tuple[Planned, ...]:
         _train(initial, todo(initial))
     if not (comparison.policy / CONFIG).is_file():
         from proma_megatron.commands.export import command as job
-        from proma_megatron.runs.policies import open_saved
+        from proma_megatron.runs.policies import open_policy
 
-        job.export(open_saved(initial.run_dir), comparison.policy, None, "5GB")
+        job.export(open_policy(initial.run_dir), comparison.policy, None, "5GB")
     return _with_policy(comparison)
 
 

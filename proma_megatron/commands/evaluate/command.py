@@ -19,11 +19,11 @@ from proma_megatron.processes.ranks import (
     say,
 )
 from proma_megatron.rewards.registry import check_references, check_reward
-from proma_megatron.runs.policies import Saved
+from proma_megatron.runs.policies import PolicySource
 from proma_megatron.weights.huggingface import conversion_note, read_model
 
 
-def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: bool) -> None:
+def evaluate_saved(saved: PolicySource, data: Path, out: Path | None, *, overwrite: bool) -> None:
     """Evaluate a policy; the last line of standard output is JSON with the figures.
 
     Raises:
@@ -59,7 +59,7 @@ def evaluate_saved(saved: Saved, data: Path, out: Path | None, *, overwrite: boo
         print(summary, flush=True)
 
 
-def default_output(saved: Saved, data: Path) -> Path:
+def default_output(saved: PolicySource, data: Path) -> Path:
     """Return a path in the run's directory, or for a Hugging Face model in the current one."""
     name = f"{saved.name}_{data.stem}.jsonl"
     return Path(f"eval_{name}") if saved.run is None else saved.run.path / "evaluation" / name

@@ -17,11 +17,11 @@ from proma_megatron.processes.ranks import (
     say,
 )
 from proma_megatron.runs.companions import write_companions
-from proma_megatron.runs.policies import Saved
+from proma_megatron.runs.policies import PolicySource
 
 
 def export(
-    saved: Saved, out: Path, dtype: Dtype | None, shard_size: str, *, overwrite: bool = False
+    saved: PolicySource, out: Path, dtype: Dtype | None, shard_size: str, *, overwrite: bool = False
 ) -> None:
     """Write the policy of a run as Hugging Face's and vLLM's loaders want it.
 

@@ -25,7 +25,7 @@ from proma_megatron.processes.failures import end, forget_earlier
 from proma_megatron.processes.logs import STDOUT
 from proma_megatron.processes.ranks import is_first_rank
 from proma_megatron.processes.slurm import adopt_slurm
-from proma_megatron.processes.stopping import StopSignals, clock_starts
+from proma_megatron.processes.stopping import StopSignals, start_run_clock
 from proma_megatron.rewards.registry import check_references, check_reward
 from proma_megatron.runs.checkpoint_folder import is_warm_start, read_marker
 from proma_megatron.runs.companions import keep_companions
@@ -44,7 +44,7 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         RunStopped: it stopped early, with everything saved.
         WorkerError: a worker failed in any other way.
     """
-    clock_starts()
+    start_run_clock()
     adopt_slurm(os.environ)
     if "RANK" in os.environ:
         _take_part(config, resume=resume, overwrite=overwrite)

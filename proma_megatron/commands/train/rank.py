@@ -21,14 +21,14 @@ from proma_megatron.data.loading import prepare_data
 from proma_megatron.distributed.devices import check_precision, check_replicas, choose_device
 from proma_megatron.distributed.topology import layout, process_group
 from proma_megatron.errors import RunStopped
-from proma_megatron.files import written
-from proma_megatron.observability.reporter import Live, Reporter, Silent
+from proma_megatron.files import disk_errors
+from proma_megatron.observability.reporter import NullReporter, Reporter, RunReporter
 from proma_megatron.processes import logs
 from proma_megatron.processes.failures import fail, record_error
 from proma_megatron.processes.stopping import (
-    Stops,
+    StopAgreement,
     StopSignals,
-    clock_started,
+    run_clock_start,
     write_stop,
 )
 from proma_megatron.processes.watchdog import Phases, Watchdog
@@ -91,14 +91,14 @@ def _run_in_group(
     with layout(config.parallel, device, config.seed, minutes) as topology:
         with phases.phase("setup"):
             data = prepare_data(with_own_tokenizer(config) if resume else config, run_dir.tokenizer)
-        stops = Stops(
-            topology, signals or StopSignals(), config.trainer.max_minutes, clock_started()
+        stops = StopAgreement(
+            topology, signals or StopSignals(), config.trainer.max_minutes, run_clock_start()
         )
-        reporter: Reporter = Silent()
+        reporter: Reporter = NullReporter()
         if topology.is_main:
-            with written(run_dir.environment):
+            with disk_errors(run_dir.environment):
                 run_dir.write_environment(_device_name(device))
-            reporter = Live(config.name, run_dir, config.trainer.steps)
+            reporter = RunReporter(config.name, run_dir, config.trainer.steps)
         run = None
         try:
             with phases.phase("setup"):

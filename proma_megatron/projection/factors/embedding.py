@@ -17,7 +17,7 @@ from proma_megatron.projection.factors.contraction import (
 )
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.host_sync import add_rows, distinct
-from proma_megatron.types import Sequences
+from proma_megatron.types import PackedSequences
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Lookup:
     rows: torch.Tensor  # (T,) local table rows, -1 for tokens of other ranks
     dy: torch.Tensor  # (T, h) in the accumulation dtype
 
-    def add_to(self, out: torch.Tensor, start: int, stop: int, sequences: Sequences) -> None:
+    def add_to(self, out: torch.Tensor, start: int, stop: int, sequences: PackedSequences) -> None:
         """Add this lookup's G to dense blocks ``out`` (k, stop - start, h)."""
         here = (self.rows >= start) & (self.rows < stop) & (sequences.owner < sequences.count)
         places = sequences.owner * (stop - start) + self.rows - start
@@ -42,7 +42,7 @@ class Lookup:
 class LookupFactors:
     """An untied embedding: G_s has rows only for the tokens of its sequence."""
 
-    def __init__(self, lookup: Lookup, sequences: Sequences, workspace: Workspace) -> None:
+    def __init__(self, lookup: Lookup, sequences: PackedSequences, workspace: Workspace) -> None:
         self.lookup = lookup
         self.sequences = sequences
         self.workspace = workspace

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 
 from proma_megatron.distributed import libraries
-from proma_megatron.types import Sequences
+from proma_megatron.types import PackedSequences
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ class Gemm(Protocol):
         ...
 
     def sequence_gradients(
-        self, dy: torch.Tensor, x: torch.Tensor, sequences: Sequences, out: torch.Tensor
+        self, dy: torch.Tensor, x: torch.Tensor, sequences: PackedSequences, out: torch.Tensor
     ) -> None:
         """Set ``out[s] = dY_s^T X_s``; out (k, rows, in), dy (T, rows)."""
         ...
@@ -77,7 +77,7 @@ class TorchGemm:
         return values.to(gradients)
 
     def sequence_gradients(
-        self, dy: torch.Tensor, x: torch.Tensor, sequences: Sequences, out: torch.Tensor
+        self, dy: torch.Tensor, x: torch.Tensor, sequences: PackedSequences, out: torch.Tensor
     ) -> None:
         batched = _batched(dy, x, sequences)
         if batched is not None:
@@ -91,7 +91,7 @@ class TorchGemm:
 
 
 def _batched(
-    dy: torch.Tensor, x: torch.Tensor, sequences: Sequences
+    dy: torch.Tensor, x: torch.Tensor, sequences: PackedSequences
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return dY (k, L, rows) and X (k, L, in), where one batched GEMM beats one a sequence.
 
@@ -135,7 +135,7 @@ class TransformerEngineGemm(_Mixed):
         self._grouped = extensions.general_grouped_gemm
 
     def sequence_gradients(
-        self, dy: torch.Tensor, x: torch.Tensor, sequences: Sequences, out: torch.Tensor
+        self, dy: torch.Tensor, x: torch.Tensor, sequences: PackedSequences, out: torch.Tensor
     ) -> None:
         dy, x = dy.contiguous(), x.contiguous()
         present = []
@@ -181,7 +181,7 @@ class ApexGemm(_Mixed):
         self._add = import_module("fused_weight_gradient_mlp_cuda").wgrad_gemm_accum_fp32
 
     def sequence_gradients(
-        self, dy: torch.Tensor, x: torch.Tensor, sequences: Sequences, out: torch.Tensor
+        self, dy: torch.Tensor, x: torch.Tensor, sequences: PackedSequences, out: torch.Tensor
     ) -> None:
         for s, (low, high) in enumerate(pairwise(sequences.offsets)):
             _product(dy[low:high].t(), x[low:high], out[s])

@@ -31,7 +31,7 @@ from proma_megatron.projection.factors.embedding import Lookup
 from proma_megatron.projection.factors.gemm import Gemm, TorchGemm
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.sizes import kept_slices
-from proma_megatron.types import Sequences
+from proma_megatron.types import PackedSequences
 
 # --------------------------------------------------------------------------- vectors
 
@@ -51,7 +51,7 @@ class LinearFactors:
         self,
         x: torch.Tensor,
         dy: torch.Tensor,
-        sequences: Sequences,
+        sequences: PackedSequences,
         workspace: Workspace,
         *,
         dtype: torch.dtype,

@@ -26,7 +26,7 @@ from proma_megatron.projection.factors.gemm import Gemm
 if TYPE_CHECKING:
     from proma_megatron.distributed.topology import Topology
 
-How = Literal["auto", "materialize", "stream"]
+Materialization = Literal["auto", "materialize", "stream"]
 
 # Sequence gradients of smaller weights cost no time worth a choice; and so results of small models
 # don't depend on what was measured.
@@ -125,15 +125,15 @@ def agree_on_rates(
 
 
 @dataclass(frozen=True)
-class Choice:
+class MaterializationChoice:
     """What is done with one weight's sequence gradients, and why."""
 
     materialize: bool
     reason: str
 
 
-def choose(
-    how: How,
+def choose_materialization(
+    how: Materialization,
     *,
     entries: int,
     itemsize: int,
@@ -141,7 +141,7 @@ def choose(
     slices: int,
     room: int,
     rates: Rates | None,
-) -> Choice:
+) -> MaterializationChoice:
     """Choose for one weight and microbatch.
 
     Args:
@@ -152,25 +152,25 @@ def choose(
     """
     size = slices * entries * itemsize
     if how == "stream":
-        return Choice(False, "projection.gradients=stream")
+        return MaterializationChoice(False, "projection.gradients=stream")
     if size > room:
-        return Choice(
+        return MaterializationChoice(
             False, f"{size / 2**20:.1f} MiB, of which the workspace has {room / 2**20:.1f} left"
         )
     if how == "materialize":
-        return Choice(True, "projection.gradients=materialize")
+        return MaterializationChoice(True, "projection.gradients=materialize")
     if rates is None or entries * itemsize < SMALL_BYTES:
-        return Choice(True, "small")
+        return MaterializationChoice(True, "small")
     kept = 1e3 * 2 * size / rates.memory
     again = 1e3 * 2 * tokens * entries / rates.gemm
-    return Choice(
+    return MaterializationChoice(
         kept <= again,
         f"{size / 2**20:.1f} MiB to memory and back take {kept:.2f} ms, "
         f"forming the gradient again {again:.2f} ms",
     )
 
 
-def describe(choices: Mapping[str, Choice], rates: Rates | None) -> list[str]:
+def describe(choices: Mapping[str, MaterializationChoice], rates: Rates | None) -> list[str]:
     """Describe for a person what was done the last time, by kind of weight, with a reason of it."""
     lines = []
     if rates is not None:
@@ -179,7 +179,7 @@ def describe(choices: Mapping[str, Choice], rates: Rates | None) -> list[str]:
             f"{rates.memory / 1e9:,.1f} GB/s to and from memory; in float32 keeping pays from "
             f"{rates.break_even(4):.0f} tokens a sequence on"
         )
-    kinds: dict[str, list[Choice]] = {}
+    kinds: dict[str, list[MaterializationChoice]] = {}
     for name, choice in choices.items():
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(choice)
     for kind, found in kinds.items():

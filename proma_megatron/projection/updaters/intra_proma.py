@@ -52,7 +52,7 @@ class _Linear:
     dy: TokenMatrix
 
 
-class Deflating:
+class IntraPromaUpdater:
     """Adds microbatches without what dominates their activations and output gradients.
 
     Args:

@@ -22,7 +22,7 @@ from proma_megatron.projection.rules.isopo import Kind, precondition
 from proma_megatron.projection.units import Unit
 from proma_megatron.projection.updaters.sums import (
     GroupSum,
-    Summands,
+    PartialSums,
     start_group_sum,
     symmetric,
     triangle,
@@ -32,7 +32,7 @@ from proma_megatron.types import Microbatch
 from proma_megatron.weights.shards import Reduction
 
 
-class Preconditioning:
+class IsopoUpdater:
     """Adds microbatches with advantages that each unit's K has transformed.
 
     Args:
@@ -50,7 +50,7 @@ class Preconditioning:
     def asks_for_gradients(self, *, first: bool) -> bool:
         return True  # K says how to add a microbatch, whatever is there already
 
-    def take(self, capture: Capture, microbatch: Microbatch) -> list[Summands]:
+    def take(self, capture: Capture, microbatch: Microbatch) -> list[PartialSums]:
         projected = add_unprojected(capture, microbatch)
         if isinstance(capture.factors, VectorFactors):
             return [_vector(capture, unit, capture.factors) for unit in projected]
@@ -58,11 +58,11 @@ class Preconditioning:
             return []
         products = capture.factors.products([unit.rows for unit in projected])
         return [
-            Summands(capture, unit, (triangle(found.gram),))
+            PartialSums(capture, unit, (triangle(found.gram),))
             for unit, found in zip(projected, products, strict=True)
         ]
 
-    def start(self, pending: Sequence[Summands]) -> GroupSum:
+    def start(self, pending: Sequence[PartialSums]) -> GroupSum:
         return start_group_sum(pending, self.tensor)
 
     def finish(self, started: GroupSum, microbatch: Microbatch) -> list[Never]:
@@ -85,14 +85,14 @@ class Preconditioning:
         """Finish nothing: nothing waits."""
 
 
-def _vector(capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:
+def _vector(capture: Capture, unit: Unit, factors: VectorFactors) -> PartialSums:
     gradients = take(factors.gradients.double(), unit.rows)
     if unit.reduction is Reduction.PARTIAL:
-        return Summands(capture, unit, (gradients,))
-    return Summands(capture, unit, (triangle(gradients @ gradients.T),))
+        return PartialSums(capture, unit, (gradients,))
+    return PartialSums(capture, unit, (triangle(gradients @ gradients.T),))
 
 
-def _gram(found: Summands, whole: torch.Tensor, k: int) -> torch.Tensor:
+def _gram(found: PartialSums, whole: torch.Tensor, k: int) -> torch.Tensor:
     """Return K (k, k), from half of it or from a norm's whole vectors."""
     vectors = isinstance(found.capture.factors, VectorFactors)
     if vectors and found.unit.reduction is Reduction.PARTIAL:

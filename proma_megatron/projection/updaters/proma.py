@@ -22,7 +22,7 @@ from proma_megatron.projection.rules.proma import Rule, solve, solve_vectors
 from proma_megatron.projection.units import Unit
 from proma_megatron.projection.updaters.sums import (
     GroupSum,
-    Summands,
+    PartialSums,
     start_group_sum,
     symmetric,
     triangle,
@@ -46,7 +46,7 @@ class Vector:
     accumulated: torch.Tensor  # A (n,) float64
 
     @classmethod
-    def of(cls, found: Summands, gradients: torch.Tensor, accumulated: torch.Tensor) -> Vector:
+    def of(cls, found: PartialSums, gradients: torch.Tensor, accumulated: torch.Tensor) -> Vector:
         """Keep a unit's vectors; copies where a larger tensor would live on with them."""
         parts = (gradients, accumulated)
         own = [
@@ -61,7 +61,7 @@ class Vector:
         return mine + self.capture.factors.nbytes
 
 
-class Projecting:
+class PromaUpdater:
     """Projects what groups of parameters have accumulated, and adds a microbatch to them.
 
     Args:
@@ -82,7 +82,7 @@ class Projecting:
         # With A = 0 nothing is removed: the plain GEMM is the whole update.
         return not first
 
-    def take(self, capture: Capture, microbatch: Microbatch) -> list[Summands]:
+    def take(self, capture: Capture, microbatch: Microbatch) -> list[PartialSums]:
         projected = add_unprojected(capture, microbatch, projects=not capture.first)
         if isinstance(capture.factors, VectorFactors):
             return [self._vector(capture, unit, capture.factors) for unit in projected]
@@ -90,11 +90,11 @@ class Projecting:
             return []
         products = capture.factors.products([unit.rows for unit in projected], capture.main_grad)
         return [
-            Summands(capture, unit, (triangle(found.gram), found.overlap, found.energy))
+            PartialSums(capture, unit, (triangle(found.gram), found.overlap, found.energy))
             for unit, found in zip(projected, products, strict=True)
         ]
 
-    def start(self, pending: Sequence[Summands]) -> GroupSum:
+    def start(self, pending: Sequence[PartialSums]) -> GroupSum:
         return start_group_sum(sorted(pending, key=_is_vector), self.tensor)
 
     def finish(self, started: GroupSum, microbatch: Microbatch) -> list[Vector]:
@@ -116,7 +116,7 @@ class Projecting:
 
     def _solve_matrices(
         self,
-        matrices: Sequence[Summands],
+        matrices: Sequence[PartialSums],
         wholes: Sequence[tuple[torch.Tensor, ...]],
         microbatch: Microbatch,
     ) -> None:
@@ -161,7 +161,7 @@ class Projecting:
 
     # ------------------------------------------------------------------ whole vectors
 
-    def _vector(self, capture: Capture, unit: Unit, factors: VectorFactors) -> Summands:
+    def _vector(self, capture: Capture, unit: Unit, factors: VectorFactors) -> PartialSums:
         """Return this rank's summand of the unit's whole vectors.
 
         Of a bias each rank holds a slice; it stands at the rank's place among zeros. Entries of
@@ -176,9 +176,9 @@ class Projecting:
             for low, high in unit.rows:
                 wide[:, start + low : start + high] = gradients[:, low:high]
                 whole[start + low : start + high] = accumulated[low:high]
-            return Summands(capture, unit, (wide, whole))
+            return PartialSums(capture, unit, (wide, whole))
         whole = take(accumulated[None], unit.rows)[0]
-        return Summands(capture, unit, (take(gradients, unit.rows), whole))
+        return PartialSums(capture, unit, (take(gradients, unit.rows), whole))
 
     def _subtract(self, vector: Vector, removed: torch.Tensor) -> None:
         """Take ``removed``, a whole vector, out of this rank's part."""
@@ -196,5 +196,5 @@ class Projecting:
             at += high - low
 
 
-def _is_vector(found: Summands) -> bool:
+def _is_vector(found: PartialSums) -> bool:
     return isinstance(found.capture.factors, VectorFactors)

@@ -9,9 +9,9 @@ import torch
 
 from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Axis
-from proma_megatron.projection.updaters.intra_proma import Deflating
-from proma_megatron.projection.updaters.isopo import Preconditioning
-from proma_megatron.projection.updaters.proma import Projecting
+from proma_megatron.projection.updaters.intra_proma import IntraPromaUpdater
+from proma_megatron.projection.updaters.isopo import IsopoUpdater
+from proma_megatron.projection.updaters.proma import PromaUpdater
 from proma_megatron.projection.updaters.updater import Updater
 
 
@@ -25,12 +25,12 @@ class _Maker(Protocol):
 
 # Without "none", with which Megatron accumulates by itself.
 UPDATERS: Mapping[str, _Maker] = {
-    "exact": Projecting,
-    "iterative": Projecting,
-    "ridge": Projecting,
-    "subspace": Deflating,
-    "kernel": Preconditioning,
-    "norm": Preconditioning,
+    "exact": PromaUpdater,
+    "iterative": PromaUpdater,
+    "ridge": PromaUpdater,
+    "subspace": IntraPromaUpdater,
+    "kernel": IsopoUpdater,
+    "norm": IsopoUpdater,
 }
 
 

@@ -16,7 +16,7 @@ from proma_megatron.weights.shards import Reduction
 
 
 @dataclass(frozen=True)
-class Summands:
+class PartialSums:
     """What this rank adds to the sums that a unit is solved from; which, the updater says."""
 
     capture: Capture
@@ -46,7 +46,7 @@ class Sum:
 class GroupSum:
     """The summands of a group's units on their way."""
 
-    units: Sequence[Summands]
+    units: Sequence[PartialSums]
     shared: Sum
 
     def wait(self) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -62,7 +62,7 @@ class GroupSum:
         )
 
 
-def start_group_sum(units: Sequence[Summands], tensor: Axis) -> GroupSum:
+def start_group_sum(units: Sequence[PartialSums], tensor: Axis) -> GroupSum:
     """Add up each unit's summands (float64) over TP, all of them in one collective."""
     shared = [
         part

@@ -1,9 +1,9 @@
 """What the rules have in common: the captures of a group, and the one sum over tensor ranks.
 
-Three updaters turn a group of captured parameters into changes of ``main_grad``: `Projecting`
-(PROMA's rules), `Preconditioning` (ISOPO's) and `Deflating` (Intra-PROMA's). Each reduces what its
-rule needs over the tensor-parallel group, solves the same small problems in float64 on every rank,
-and changes the rank's own part of ``main_grad``.
+Three updaters turn a group of captured parameters into changes of ``main_grad``: `PromaUpdater`
+(PROMA's rules), `IsopoUpdater` (ISOPO's) and `IntraPromaUpdater` (Intra-PROMA's). Each reduces what
+its rule needs over the tensor-parallel group, solves the same small problems in float64 on every
+rank, and changes the rank's own part of ``main_grad``.
 """
 
 from __future__ import annotations

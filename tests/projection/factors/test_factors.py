@@ -17,13 +17,13 @@ from proma_megatron.projection.factors.gemm import TorchGemm
 from proma_megatron.projection.factors.linear import LinearFactors
 from proma_megatron.projection.factors.materialization import (
     SMALL_BYTES,
-    Choice,
+    MaterializationChoice,
     Rates,
-    choose,
+    choose_materialization,
     describe,
 )
 from proma_megatron.projection.factors.workspace import Workspace
-from proma_megatron.types import Sequences
+from proma_megatron.types import PackedSequences
 
 CPU = torch.device("cpu")
 OUT, IN, PADDING = 12, 6, 2
@@ -38,12 +38,12 @@ UNITS: dict[str, list[Rows]] = {
 LENGTHS = {"equal": (3, 3, 3, 3), "short": (3, 2, 3), "uneven": (1, 9, 2), "alone": (5,)}
 
 
-def of(lengths: Sequence[int]) -> Sequences:
-    return Sequences.of(tuple(lengths), sum(lengths) + PADDING, CPU)
+def of(lengths: Sequence[int]) -> PackedSequences:
+    return PackedSequences.of(tuple(lengths), sum(lengths) + PADDING, CPU)
 
 
 def dense(
-    x: torch.Tensor, dy: torch.Tensor, sequences: Sequences, lookup: Lookup | None
+    x: torch.Tensor, dy: torch.Tensor, sequences: PackedSequences, lookup: Lookup | None
 ) -> torch.Tensor:
     """G (k, out, in), an entry after the other."""
     found = torch.zeros(sequences.count, dy.shape[1], x.shape[1], dtype=x.dtype)
@@ -160,7 +160,7 @@ LARGE = SMALL_BYTES  # entries: 4 MiB of float32
 def test_what_fits_is_kept_where_forming_it_again_takes_longer(
     tokens: int, slices: int, room: int, materialize: bool
 ) -> None:
-    found = choose(
+    found = choose_materialization(
         "auto", entries=LARGE, itemsize=4, tokens=tokens, slices=slices, room=room, rates=RATES
     )
     assert found.materialize == materialize
@@ -169,7 +169,7 @@ def test_what_fits_is_kept_where_forming_it_again_takes_longer(
 
 def test_a_choice_that_was_made_is_kept_as_far_as_there_is_room() -> None:
     def choice(how: str, room: int) -> bool:
-        return choose(
+        return choose_materialization(
             how,  # type: ignore[arg-type]
             entries=LARGE,
             itemsize=4,
@@ -187,7 +187,7 @@ def test_a_choice_that_was_made_is_kept_as_far_as_there_is_room() -> None:
 
 def test_small_weights_do_not_depend_on_what_was_measured() -> None:
     for rates in (None, Rates(1.0, 1e30), Rates(1e30, 1.0)):
-        found = choose(
+        found = choose_materialization(
             "auto", entries=1000, itemsize=4, tokens=8, slices=8, room=2**30, rates=rates
         )
         assert found.materialize
@@ -210,9 +210,9 @@ def test_rates_are_those_of_a_machine() -> None:
 
 def test_choices_are_told_by_kind_of_weight() -> None:
     choices = {
-        "decoder.layers.0.mlp.linear_fc1.weight": Choice(True, "it pays"),
-        "decoder.layers.1.mlp.linear_fc1.weight": Choice(False, "no room"),
-        "output_layer.weight": Choice(True, "small"),
+        "decoder.layers.0.mlp.linear_fc1.weight": MaterializationChoice(True, "it pays"),
+        "decoder.layers.1.mlp.linear_fc1.weight": MaterializationChoice(False, "no room"),
+        "output_layer.weight": MaterializationChoice(True, "small"),
     }
     assert describe(choices, RATES) == [
         "measured: 100 GFLOP/s in a weight-gradient GEMM, 10.0 GB/s to and from memory; in float32 "

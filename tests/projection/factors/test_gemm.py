@@ -25,7 +25,7 @@ from proma_megatron.projection.factors.gemm import (
 )
 from proma_megatron.projection.factors.linear import LinearFactors
 from proma_megatron.projection.factors.workspace import Workspace
-from proma_megatron.types import Sequences
+from proma_megatron.types import PackedSequences
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -82,7 +82,7 @@ def test_products_of_an_engine_are_exact_but_for_float32(
 ) -> None:
     """Of rows of a fused weight, with a tied table's lookup, and a sequence without tokens."""
     generator = torch.Generator().manual_seed(0)
-    sequences = Sequences.of(lengths, sum(lengths) + 2, CPU)
+    sequences = PackedSequences.of(lengths, sum(lengths) + 2, CPU)
     x = torch.randn(sum(lengths) + 2, 6, generator=generator).to(BF16)
     dy = torch.randn(sum(lengths) + 2, 10, generator=generator).to(BF16)
     rows = torch.randint(-1, 10, (len(x),), generator=generator)
@@ -128,12 +128,12 @@ def test_without_a_grouped_gemm_a_gpu_widens_nothing(monkeypatch: pytest.MonkeyP
     with stand_ins():
         engine, out = ApexGemm(), torch.empty(2, 2, 2)
     monkeypatch.setattr(torch, "mm", documented)
-    engine.sequence_gradients(x, x, Sequences.of((1, 3), 4, CPU), out)
+    engine.sequence_gradients(x, x, PackedSequences.of((1, 3), 4, CPU), out)
     assert out.tolist() == [[[0, 0], [0, 1]], [[56, 68], [68, 83]]]
 
 
 def test_float32_operands_are_left_to_torch() -> None:
-    x, sequences = torch.ones(4, 2), Sequences.of((4,), 4, CPU)
+    x, sequences = torch.ones(4, 2), PackedSequences.of((4,), 4, CPU)
     with stand_ins() as calls:
         factors = LinearFactors(
             x, x, sequences, Workspace(2**20, CPU), dtype=FP32, gemm=TransformerEngineGemm()
