@@ -140,7 +140,10 @@ class RewardFacts:
     imports: str | None = None  # a module that takes seconds to import, so once for all processes
 
 
-REWARDS = {"gsm8k": RewardFacts(quick=True), "math": RewardFacts(imports="math_verify")}
+REWARDS = {
+    "gsm8k": RewardFacts(quick=True),
+    "math": RewardFacts(imports="math_verify"),
+}
 
 
 # --------------------------------------------------------------------------- in sentences

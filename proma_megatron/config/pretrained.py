@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,23 @@ from proma_megatron.config.model import ModelConfig
 from proma_megatron.errors import ConfigError
 
 CONFIG = "config.json"
-FAMILIES = ("qwen2", "qwen3")  # Qwen2.5 calls itself qwen2
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the layers of a ``model_type`` have, which its config.json doesn't say."""
+
+    name: str  # of the classes in transformers: <name>ForCausalLM
+    qk_norm: bool  # RMS norms of queries and keys, a head at a time
+    qkv_bias: bool
+    free_head_dim: bool = True  # whether heads * head_dim may differ from hidden_size
+
+
+# By model_type. Qwen2.5 calls itself qwen2.
+FAMILIES = {
+    "qwen2": Family("Qwen2", qk_norm=False, qkv_bias=True, free_head_dim=False),
+    "qwen3": Family("Qwen3", qk_norm=True, qkv_bias=False),
+}
 
 # The keys of ModelConfig that config.json decides.
 SHAPE = (
@@ -125,8 +142,8 @@ def _shape(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
         "heads": heads,
         "kv_heads": size("num_key_value_heads", heads),
         "head_dim": size("head_dim", hidden // heads),
-        "qk_norm": family == "qwen3",
-        "qkv_bias": family == "qwen2",
+        "qk_norm": FAMILIES[family].qk_norm,
+        "qkv_bias": FAMILIES[family].qkv_bias,
         "tie_embeddings": tied,
         "rope_base": number("rope_theta", _rope(fields).get("rope_theta")),
         "norm_eps": number("rms_norm_eps", fields.get("rms_norm_eps")),
@@ -170,21 +187,27 @@ def write_config(
     Raises:
         ConfigError: no Qwen family has this combination of q/k norm and biases.
     """
-    if model.qk_norm == model.qkv_bias:
+    layers = (model.qk_norm, model.qkv_bias)
+    fitting = (
+        (model_type, family)
+        for model_type, family in FAMILIES.items()
+        if (family.qk_norm, family.qkv_bias) == layers
+    )
+    model_type, family = next(fitting, (None, None))
+    if family is None:
         raise ConfigError(
-            f"model.qk_norm and model.qkv_bias are both {str(model.qk_norm).lower()}, which "
-            "neither Qwen3 (norm, no bias) nor Qwen2 (bias, no norm) has; such a policy can't be "
-            "exported"
+            f"model.qk_norm is {_lower(model.qk_norm)} and model.qkv_bias is "
+            f"{_lower(model.qkv_bias)}, which no family has ({_described()}); such a policy can't "
+            "be exported"
         )
-    if model.qkv_bias and model.head_dim * model.heads != model.hidden_size:
+    if not family.free_head_dim and model.head_dim * model.heads != model.hidden_size:
         raise ConfigError(
-            f"model.head_dim is {model.head_dim}, but Qwen2's is always hidden_size / heads = "
-            f"{model.hidden_size // model.heads}; such a policy can't be exported"
+            f"model.head_dim is {model.head_dim}, but {family.name}'s is always hidden_size / "
+            f"heads = {model.hidden_size // model.heads}; such a policy can't be exported"
         )
-    name = "Qwen3" if model.qk_norm else "Qwen2"
     return {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": name.lower(),
+        "architectures": [f"{family.name}ForCausalLM"],
+        "model_type": model_type,
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -206,3 +229,15 @@ def write_config(
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+
+
+def _described() -> str:
+    """Describe the layers of all families in one line."""
+    return ", ".join(
+        f"{family.name}: qk_norm={_lower(family.qk_norm)} qkv_bias={_lower(family.qkv_bias)}"
+        for family in FAMILIES.values()
+    )
+
+
+def _lower(value: bool) -> str:
+    return str(value).lower()

@@ -69,7 +69,7 @@ class Accumulator:
         tied: whether embedding and head are one tensor.
         rates: what this machine was measured to do; None: measure it now, if that matters.
         gemm: what forms and adds weight gradients (`choose_gemm`); None: torch's.
-        gate: what compares FP8 operands with those before FP8, if layers compute in it.
+        fp8: whether layers compute in FP8, and hand over operands of both kinds to be compared.
 
     Attributes:
         choices: what was done with each weight's sequence gradients the last time, and why.
@@ -90,11 +90,10 @@ class Accumulator:
         tied: bool,
         rates: Rates | None = None,
         gemm: Gemm | None = None,
-        gate: FP8Gate | None = None,
+        fp8: bool = False,
     ) -> None:
         self.config = config
         self.watch: Callable[[str], AbstractContextManager[Any]] = nullcontext
-        self.gate = gate
         self.gemm = gemm or TorchGemm()
         self.topology = topology
         self.shards = {id(shard.parameter): shard for shard in shards}
@@ -105,17 +104,18 @@ class Accumulator:
         )
         check_claims(self.shards.values(), self.layers)
         # Only a linear weight has the two factors whose subspaces are meant.
-        parameters = "linear" if config.rule == "subspace" else config.parameters
+        parameters = "linear" if config.by_subspaces else config.parameters
         self.units = {
             key: units_of(shard, config.unit, parameters) for key, shard in self.shards.items()
         }
         self.tied = TiedTable(topology, self.shards.values()) if tied else None
         self._ends = self.tied.ends if self.tied is not None else None
         dtype = next(iter(self.shards.values())).parameter.dtype
-        self.solver = make_updater(config, topology.tensor, dtype)
+        self.updater = make_updater(config, topology.tensor, dtype)
+        self.gate = FP8Gate(config, self.updater.solve) if fp8 else None
         self.workspace = Workspace(config.workspace_mb * 2**20, topology.device)
         self.groups = CaptureGroups(
-            self.solver, topology.tensor, self.workspace, self.shards.values(), self.tied
+            self.updater, topology.tensor, self.workspace, self.shards.values(), self.tied
         )
         self.choices: dict[str, MaterializationChoice] = {}
         self._seen: dict[int, int] = {}
@@ -136,13 +136,13 @@ class Accumulator:
             tied=policy.model.tie_embeddings,
             rates=rates,
             gemm=choose_gemm(policy.backend, device, dtype, gradients),
-            gate=FP8Gate(config, dtype) if policy.model.fp8 != "none" else None,
+            fp8=policy.model.fp8 != "none",
         )
 
     @property
     def tally(self) -> Tally:
         """What the rule's figures said in the step that was begun last."""
-        return self.solver.tally
+        return self.updater.tally
 
     def describe_choices(self) -> list[str]:
         """Return a line for each way in which sequence gradients were formed the last time."""
@@ -177,7 +177,7 @@ class Accumulator:
 
     def begin(self) -> None:
         """Start a step: ``main_grad`` is zero and nothing has been seen."""
-        self.solver.tally = Tally()
+        self.updater.tally = Tally()
         self._seen = dict.fromkeys(self.shards, 0)
         self._begun.clear()
         self.groups.forget()
@@ -292,20 +292,20 @@ class Accumulator:
             entries=shard.parameter.numel(),
             itemsize=dtype.itemsize,
             tokens=sequences.offsets[-1],
-            slices=kept_slices(sequences.count, accumulates=self.solver.accumulates),
+            slices=kept_slices(sequences.count, accumulates=self.updater.accumulates),
             room=self.workspace.half - self.workspace.held,
             rates=self.rates,
         )
         self.choices[shard.name] = choice
         if not choice.materialize:
             return factors
-        return factors.materialize(accumulates=self.solver.accumulates)
+        return factors.materialize(accumulates=self.updater.accumulates)
 
     def _asks_for_gradients(self, shard: ParameterShard) -> bool:
         """Tell whether this microbatch's sequence gradients of a weight are needed one by one."""
         key = id(shard.parameter)
         projected = any(unit.projected for unit in self.units[key])
-        return projected and self.solver.asks_for_gradients(first=key not in self._begun)
+        return projected and self.updater.asks_for_gradients(first=key not in self._begun)
 
     def _capture(
         self, shard: ParameterShard, factors: Factors | VectorFactors, microbatch: Microbatch

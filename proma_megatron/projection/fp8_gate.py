@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -39,10 +39,8 @@ from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.distributed.topology import Axis, Topology
 from proma_megatron.projection.factors.contraction import Rows, chunk_rows, contract
 from proma_megatron.projection.factors.workspace import Workspace
-from proma_megatron.projection.rules.isopo import precondition
-from proma_megatron.projection.rules.proma import all_finite, solve
+from proma_megatron.projection.rules.proma import Solution, all_finite
 from proma_megatron.projection.units import Unit
-from proma_megatron.projection.updaters.proma import CUTOFFS
 from proma_megatron.types import Microbatch, PackedSequences
 from proma_megatron.weights.shards import Reduction
 
@@ -180,13 +178,16 @@ class FP8Gate:
     before it changes A; the order of weights and microbatches doesn't matter.
 
     Args:
-        dtype: the compute dtype, as for `PromaUpdater`.
+        solve: `Updater.solve` of the rule.
     """
 
-    def __init__(self, config: ProjectionConfig, dtype: torch.dtype) -> None:
-        assert config.rule != "none", "without a rule no sequence gradients are formed"
+    def __init__(
+        self,
+        config: ProjectionConfig,
+        solve: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Solution | None],
+    ) -> None:
         self.config = config
-        self.cutoff = CUTOFFS[dtype]
+        self._solve = solve
         self.armed = False
         self._first_step: int | None = None
         self._wanted: int | None = None
@@ -311,23 +312,10 @@ class FP8Gate:
         self, gram: torch.Tensor, overlap: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the rule takes off the advantages (U, k), and whether that is finite (U,)."""
-        config, rule = self.config, self.config.rule
-        if rule == "subspace":  # works on X and dY; no K
+        solution = self._solve(gram, overlap, advantages)
+        if solution is None:
             return torch.zeros_like(overlap), torch.ones_like(overlap[:, 0], dtype=torch.bool)
-        if rule == "kernel" or rule == "norm":
-            found = precondition(rule, gram, advantages, regularization=config.regularization)
-        else:
-            assert rule in ("exact", "iterative", "ridge")
-            found = solve(
-                rule,
-                gram,
-                overlap,
-                advantages,
-                shrinkage=config.shrinkage,
-                bound=config.bound,
-                cutoff=self.cutoff,
-            )
-        return advantages - found.coefficients, found.finite
+        return advantages - solution.coefficients, solution.finite
 
 
 def _form(products: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ def math_answer(prompt: str, completion: str, reference: str) -> float:
     Raises:
         ValueError: the reference holds no answer.
     """
-    expected = _parsed(_stated_reference(reference))
+    expected = _parsed(stated_reference(reference))
     if not expected:
         raise ValueError(f"the reference is {reference!r}, expected an answer in text or LaTeX")
     # The order matters: math-verify lets an answer x = 3 stand for 3 according to which is which.
@@ -31,7 +31,7 @@ def math_answer(prompt: str, completion: str, reference: str) -> float:
 
 def holds_answer(reference: str) -> bool:
     """Tell whether math-verify finds an answer in a reference; parsing is all that it does here."""
-    return bool(_parsed(_stated_reference(reference)))
+    return bool(_parsed(stated_reference(reference)))
 
 
 def last_box(text: str) -> str | None:
@@ -58,7 +58,7 @@ def _answer(completion: str) -> list[Any]:
     return _parsed(completion if box is None else f"${box}$")
 
 
-def _stated_reference(reference: str) -> str:
+def stated_reference(reference: str) -> str:
     """Return the reference as LaTeX that math-verify finds: of bare LaTeX it sees only numbers."""
     box = last_box(reference)
     if box is not None:

@@ -18,10 +18,10 @@ from proma_megatron.errors import ConfigError
 from proma_megatron.rewards.faults import summary
 from proma_megatron.rewards.gsm8k import gsm8k
 from proma_megatron.rewards.math_verify import (
-    _stated_reference,
     holds_answer,
     last_box,
     math_answer,
+    stated_reference,
 )
 
 if TYPE_CHECKING:  # it loads torch
@@ -51,7 +51,7 @@ BUILT_IN = {
     "math": BuiltIn(
         math_answer,
         lambda completion: bool((last_box(completion) or "").strip()),
-        lambda reference: bool(_stated_reference(reference).strip("$ \t\r\n")),
+        lambda reference: bool(stated_reference(reference).strip("$ \t\r\n")),
         "an answer in text or LaTeX",
     ),
 }

@@ -19,6 +19,7 @@ from proma_megatron.config.objective import ProjectionConfig
 from proma_megatron.projection.factors.contraction import Rows
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.fp8_gate import Difference, FP8Gate, GateFigures, Pair, warning
+from proma_megatron.projection.updaters.registry import make_updater
 from proma_megatron.weights.shards import Reduction
 
 QKV: dict[str, Rows] = {  # two tensor ranks cut it in halves, and the second has no row of k
@@ -57,6 +58,10 @@ def case(seed: int = 0) -> Case:
 
 def settings(rule: str = "exact", bound: float | None = 0.5, **options: Any) -> ProjectionConfig:
     return ProjectionConfig(rule=rule, bound=bound, **options)  # type: ignore[arg-type]
+
+
+def gate_of(config: ProjectionConfig) -> FP8Gate:
+    return FP8Gate(config, make_updater(config, alone().tensor, torch.float64).solve)
 
 
 def directly(given: Case, config: ProjectionConfig) -> list[Difference]:
@@ -235,7 +240,7 @@ def test_tokens_of_no_sequence_and_what_is_not_projected_count_nowhere() -> None
 
     bad = tuple(replace(w, operands=spoiled(w.operands), fp8=spoiled(w.fp8)) for w in given.weights)
     assert found(replace(given, weights=bad), settings()) == found(given, settings())
-    gate, microbatch = FP8Gate(settings(), torch.float64), given.microbatch()
+    gate, microbatch = gate_of(settings()), given.microbatch()
     gate.arm([microbatch])
     for of in given.weights:
         units = of.shard_units(projected=False)
@@ -308,7 +313,7 @@ def test_what_is_not_finite_on_one_rank_is_told_on_all(workers: WorkerPool, rule
 
 def test_it_is_due_at_the_first_step_and_every_few() -> None:
     def steps(every: int, first: int) -> list[int]:
-        gate = FP8Gate(settings(fp8_gate_every=every), torch.float64)
+        gate = gate_of(settings(fp8_gate_every=every))
         return [step for step in range(first, first + 10) if gate.due(step) and gate.due(step)]
 
     assert steps(4, 1) == [1, 4, 8]
@@ -325,7 +330,7 @@ def test_the_second_microbatch_with_sequences_is_looked_at(
 ) -> None:
     """Where there is only one, that one; captures of any number come again and again."""
     microbatches = [packed((3,) * k, index, (1.0,) * k) for index, k in enumerate(counts)]
-    gate = FP8Gate(settings(), torch.float64)
+    gate = gate_of(settings())
     assert not gate.armed
     assert not any(map(gate.wants, microbatches))
     gate.arm(microbatches)

@@ -227,7 +227,7 @@ def gradients_after_a_broken_step(
     with _policy(device, model, parallel) as policy:
         accumulator = _accumulator(policy, projection)
         total = denominator(batch)
-        take, projected = accumulator.solver.take, 0
+        take, projected = accumulator.updater.take, 0
 
         def breaking(capture: Capture, microbatch: Microbatch) -> list[Any]:
             nonlocal projected
@@ -236,13 +236,13 @@ def gradients_after_a_broken_step(
                 raise ArithmeticError
             return take(capture, microbatch)
 
-        accumulator.solver.take = breaking
+        accumulator.updater.take = breaking
         with contextlib.suppress(ArithmeticError):
             earlier = replica_share(batch[::-1], 0, 1, policy, total)
             forward_backward(policy, earlier, UNIT, accumulator=accumulator)
         assert projected == 13
         assert accumulator.groups.waiting
-        accumulator.solver.take = take
+        accumulator.updater.take = take
         microbatches = replica_share(batch, 0, 1, policy, total)
         forward_backward(policy, microbatches, UNIT, accumulator=accumulator)
         return _main_grads(policy)

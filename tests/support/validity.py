@@ -17,6 +17,7 @@ from proma_megatron.projection.factors.contraction import Rows
 from proma_megatron.projection.factors.workspace import Workspace
 from proma_megatron.projection.fp8_gate import FP8Gate, GateFigures, Pair
 from proma_megatron.projection.units import Unit
+from proma_megatron.projection.updaters.registry import make_updater
 from proma_megatron.types import Microbatch, TrainingSequence
 from proma_megatron.weights.shards import ParameterShard, Reduction
 
@@ -132,7 +133,7 @@ def looked(
     dtype: torch.dtype = torch.float64,
 ) -> GateFigures | None:
     """A gate's figures of this rank's part of ``case``: its stage's weights, its tensor rank's."""
-    gate = FP8Gate(config, dtype)
+    gate = FP8Gate(config, make_updater(config, topology.tensor, dtype).solve)
     microbatch = case.microbatch()
     gate.arm([microbatch])
     assert gate.wants(microbatch)

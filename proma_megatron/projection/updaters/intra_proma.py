@@ -69,6 +69,9 @@ class IntraPromaUpdater:
         self.tally = Tally()
         self.accumulates = False
 
+    def solve(self, gram: torch.Tensor, overlap: torch.Tensor, advantages: torch.Tensor) -> None:
+        """Return None: the rule works on X and dY."""
+
     def asks_for_gradients(self, *, first: bool) -> bool:
         return False  # of no sequence by itself
 

@@ -18,7 +18,7 @@ from proma_megatron.distributed.topology import Axis
 from proma_megatron.projection.capture import Capture
 from proma_megatron.projection.diagnostics import Tally
 from proma_megatron.projection.factors.vector import VectorFactors, take
-from proma_megatron.projection.rules.proma import Rule, solve, solve_vectors
+from proma_megatron.projection.rules.proma import Rule, Solution, solve, solve_vectors
 from proma_megatron.projection.units import Unit
 from proma_megatron.projection.updaters.sums import (
     GroupSum,
@@ -82,6 +82,19 @@ class PromaUpdater:
         # With A = 0 nothing is removed: the plain GEMM is the whole update.
         return not first
 
+    def solve(
+        self, gram: torch.Tensor, overlap: torch.Tensor, advantages: torch.Tensor
+    ) -> Solution:
+        return solve(
+            self.rule,
+            gram,
+            overlap,
+            advantages,
+            shrinkage=self.shrinkage,
+            bound=self.bound,
+            cutoff=self.cutoff,
+        )
+
     def take(self, capture: Capture, microbatch: Microbatch) -> list[PartialSums]:
         projected = add_unprojected(capture, microbatch, projects=not capture.first)
         if isinstance(capture.factors, VectorFactors):
@@ -123,15 +136,7 @@ class PromaUpdater:
         advantages = microbatch.advantages
         triangles, overlap, energy = (torch.stack(part) for part in zip(*wholes, strict=True))
         gram = symmetric(triangles, len(advantages))
-        solution = solve(
-            self.rule,
-            gram,
-            overlap,
-            advantages,
-            shrinkage=self.shrinkage,
-            bound=self.bound,
-            cutoff=self.cutoff,
-        )
+        solution = self.solve(gram, overlap, advantages)
         self.tally.check(microbatch.index, solution.finite)
         names = tuple(matrix.unit.name for matrix in matrices)
         self.tally.add(names, gram, energy, advantages, solution)

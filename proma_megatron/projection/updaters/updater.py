@@ -16,6 +16,7 @@ import torch
 from proma_megatron.projection.capture import Capture
 from proma_megatron.projection.diagnostics import Tally
 from proma_megatron.projection.factors.base import Part
+from proma_megatron.projection.rules.proma import Solution
 from proma_megatron.projection.units import Unit
 from proma_megatron.types import Microbatch
 
@@ -34,6 +35,18 @@ class Updater[Pending, Started, Late](Protocol):
 
     def asks_for_gradients(self, *, first: bool) -> bool:
         """Tell whether K is formed from a weight's sequence gradients: keeping them pays."""
+        ...
+
+    def solve(
+        self, gram: torch.Tensor, overlap: torch.Tensor, advantages: torch.Tensor
+    ) -> Solution | None:
+        """Return what a microbatch is added with; None where K and c alone don't say it.
+
+        Args:
+            gram: K (..., k, k) float64 of any number of units.
+            overlap: c (..., k).
+            advantages: a (k,).
+        """
         ...
 
     def take(self, capture: Capture, microbatch: Microbatch) -> list[Pending]:
