@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -18,6 +20,7 @@ from proma_megatron.batching.packing import pack
 from proma_megatron.checkpoints import saving
 from proma_megatron.checkpoints.compatibility import layout_of, optimizer_of, shape_of
 from proma_megatron.checkpoints.loading import load_checkpoint
+from proma_megatron.checkpoints.random_state import seed_generators
 from proma_megatron.checkpoints.saving import Retention, Saver, SaveReport
 from proma_megatron.checkpoints.sharded import Contents
 from proma_megatron.config.model import ModelConfig, ParallelConfig
@@ -279,3 +282,19 @@ def step_after_loading_weights(device: torch.device, path: Path) -> float:
         _step(policy, optimizer, seed=10)
         after = _weights(policy)
         return max(float((after[name] - value).abs().max()) for name, value in loaded.items())
+
+
+def draws(device: torch.device, path: Path) -> tuple[list[float], list[float]]:
+    """Draw after a checkpoint, and again once it has been read back."""
+    with layout(_tensor_parallel(), device, seed=0) as topology:
+        policy, _ = _build(TINY, topology, OptimizerConfig(), seed=1)
+        seed_generators(3, topology.rank)
+        random.gauss()  # keeps a second number for the next call
+        save(path, policy, None)
+        first = _draw()
+        load_checkpoint(path, Contents(policy, random=True))
+        return first, _draw()
+
+
+def _draw() -> list[float]:
+    return [random.gauss(), random.random(), np.random.random(), float(torch.rand(()))]
